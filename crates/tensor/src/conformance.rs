@@ -1,0 +1,1 @@
+//! Op tests that any backend runs.

@@ -1,0 +1,213 @@
+//! A weight as it lies in a file: bytes in their storage format, never expanded.
+
+use std::{fmt, ops::Range, sync::Arc};
+
+use crate::{
+    DType, Error,
+    dtype::{E4M3_TABLE, FP8_BLOCK, bf16_to_f32, f16_to_f32},
+};
+
+/// Bytes that somebody else keeps alive: a mapped file, an embedded model, a `Vec`.
+#[derive(Clone)]
+pub struct ByteRegion {
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    range: Range<usize>,
+}
+
+impl ByteRegion {
+    /// The `range` of `owner`'s bytes; `None` when it does not lie inside them.
+    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Option<Self> {
+        let len = (*owner).as_ref().len();
+        (range.start <= range.end && range.end <= len).then_some(Self { owner, range })
+    }
+
+    /// All of `bytes`.
+    pub fn from_vec(bytes: Vec<u8>) -> Self {
+        let range = 0..bytes.len();
+        Self { owner: Arc::new(bytes), range }
+    }
+
+    /// A part of this region; `None` when it does not lie inside.
+    pub fn slice(&self, range: Range<usize>) -> Option<Self> {
+        if range.start > range.end || range.end > self.range.len() {
+            return None;
+        }
+        let start = self.range.start + range.start;
+        Some(Self { owner: Arc::clone(&self.owner), range: start..start + range.len() })
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.range.clone()]
+    }
+}
+
+impl fmt::Debug for ByteRegion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ByteRegion({} bytes)", self.range.len())
+    }
+}
+
+/// A row-major matrix `[rows, cols]` in its storage format; `y = x * W^T` takes `cols` in and gives `rows`.
+#[derive(Debug, Clone)]
+pub struct HostMatrix {
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    data: ByteRegion,
+    /// FP8 only: multipliers, row-major `[ceil(rows/128), ceil(cols/128)]`.
+    scales: Option<Arc<[f32]>>,
+}
+
+impl HostMatrix {
+    /// A matrix whose bytes and scales are proven to fit its shape.
+    ///
+    /// # Errors
+    /// [`Error::MatrixBytes`], [`Error::ScaleGrid`] (also when a format that has no scales is given some) or
+    /// [`Error::Overflow`].
+    pub fn new(
+        dtype: DType,
+        rows: usize,
+        cols: usize,
+        data: ByteRegion,
+        scales: Option<Arc<[f32]>>,
+    ) -> Result<Self, Error> {
+        let expected = rows
+            .checked_mul(cols)
+            .and_then(|n| n.checked_mul(dtype.bytes()))
+            .ok_or(Error::Overflow { what: "matrix" })?;
+        let found = data.bytes().len();
+        if expected != found {
+            return Err(Error::MatrixBytes { rows, cols, dtype: dtype.name(), expected, found });
+        }
+        let grid = match dtype {
+            DType::F8E4M3 => rows.div_ceil(FP8_BLOCK) * cols.div_ceil(FP8_BLOCK),
+            _ => 0,
+        };
+        let found = scales.as_ref().map_or(0, |s| s.len());
+        if grid != found {
+            return Err(Error::ScaleGrid { rows, cols, expected: grid, found });
+        }
+        Ok(Self { dtype, rows, cols, data, scales })
+    }
+
+    /// An F32 matrix made from values, for tests and small host-made weights.
+    ///
+    /// # Errors
+    /// [`Error::MatrixBytes`] when `values` has another length than `rows * cols`.
+    pub fn from_f32(rows: usize, cols: usize, values: &[f32]) -> Result<Self, Error> {
+        let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Self::new(DType::F32, rows, cols, ByteRegion::from_vec(bytes), None)
+    }
+
+    /// Storage format.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Rows: the outputs of `y = x * W^T`.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns: the inputs of `y = x * W^T`.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// All rows, packed.
+    pub fn data(&self) -> &[u8] {
+        self.data.bytes()
+    }
+
+    /// Bytes of one row.
+    pub fn row_bytes(&self) -> usize {
+        self.cols * self.dtype.bytes()
+    }
+
+    /// FP8 only: multipliers, row-major `[ceil(rows/128), ceil(cols/128)]`.
+    pub fn scales(&self) -> Option<&[f32]> {
+        self.scales.as_deref()
+    }
+
+    /// Bytes that one full read of the matrix moves, scales included.
+    pub fn total_bytes(&self) -> usize {
+        self.data.bytes().len() + self.scales.as_ref().map_or(0, |s| s.len() * 4)
+    }
+
+    /// Writes row `row` as F32 into `out` (`cols` long): the scalar truth of every storage format.
+    ///
+    /// # Panics
+    /// When `row` is out of range or `out` has another length than `cols`.
+    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.cols, "decode_row: out must hold one row");
+        let n = self.row_bytes();
+        let bytes = &self.data.bytes()[row * n..(row + 1) * n];
+        match self.dtype {
+            DType::F32 => {
+                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                    *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                }
+            }
+            DType::F16 => {
+                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *o = f16_to_f32(u16::from_le_bytes([b[0], b[1]]));
+                }
+            }
+            DType::BF16 => {
+                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *o = bf16_to_f32(u16::from_le_bytes([b[0], b[1]]));
+                }
+            }
+            DType::F8E4M3 => {
+                let grid = self.cols.div_ceil(FP8_BLOCK);
+                let scales = self.scales.as_deref().unwrap_or_default();
+                let scales = &scales[row / FP8_BLOCK * grid..][..grid];
+                for ((o, b), s) in
+                    out.chunks_mut(FP8_BLOCK).zip(bytes.chunks(FP8_BLOCK)).zip(scales)
+                {
+                    for (o, &code) in o.iter_mut().zip(b) {
+                        *o = E4M3_TABLE[code as usize] * s;
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_must_fit_the_shape() {
+        let err = HostMatrix::new(DType::BF16, 2, 3, ByteRegion::from_vec(vec![0; 11]), None).unwrap_err();
+        assert_eq!(
+            err,
+            Error::MatrixBytes { rows: 2, cols: 3, dtype: "BF16", expected: 12, found: 11 }
+        );
+        let err = HostMatrix::new(DType::F32, usize::MAX, 2, ByteRegion::from_vec(vec![]), None).unwrap_err();
+        assert_eq!(err, Error::Overflow { what: "matrix" });
+    }
+
+    #[test]
+    fn fp8_needs_a_ceil_grid_of_scales() {
+        let data = ByteRegion::from_vec(vec![0x38; 130 * 200]);
+        let short: Arc<[f32]> = vec![1.0; 3].into();
+        let err = HostMatrix::new(DType::F8E4M3, 130, 200, data.clone(), Some(short)).unwrap_err();
+        assert_eq!(err, Error::ScaleGrid { rows: 130, cols: 200, expected: 4, found: 3 });
+        let grid: Arc<[f32]> = vec![1.0, 2.0, 3.0, 4.0].into();
+        let m = HostMatrix::new(DType::F8E4M3, 130, 200, data, Some(grid)).unwrap();
+        let mut row = vec![0.0; 200];
+        m.decode_row(129, &mut row);
+        assert_eq!((row[127], row[128]), (3.0, 4.0));
+    }
+
+    #[test]
+    fn a_region_stays_inside_its_owner() {
+        let r = ByteRegion::from_vec(vec![1, 2, 3, 4]);
+        assert_eq!(r.slice(1..3).map(|s| s.bytes().to_vec()), Some(vec![2, 3]));
+        assert!(r.slice(1..3).and_then(|s| s.slice(0..3)).is_none());
+        assert!(r.slice(3..5).is_none());
+    }
+}

@@ -1,0 +1,1 @@
+//! Every op in scalar code.
