@@ -14,7 +14,10 @@
 
 use std::task::{Context, Poll};
 
-use crate::{Error, HostMatrix};
+use crate::{
+    Error, HostMatrix,
+    error::{at_most, expect, shape_error},
+};
 
 /// Tokens in one block of the paged latent cache.
 pub const BLOCK_TOKENS: usize = 64;
@@ -159,6 +162,23 @@ pub struct RouterShape {
     pub scale: f32,
 }
 
+impl RouterShape {
+    /// Checks that the sizes fit together; every backend's `route` starts with it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`]
+    pub fn check(&self) -> Result<(), Error> {
+        let op = "route";
+        if self.groups == 0 || self.top_k == 0 || self.experts == 0 {
+            return Err(shape_error(op, "experts, groups and top_k", 1, 0));
+        }
+        let per_group = self.experts / self.groups;
+        expect(op, "experts in whole groups", per_group * self.groups, self.experts)?;
+        at_most(op, "groups kept", self.groups, self.groups_kept)?;
+        at_most(op, "top_k", per_group * self.groups_kept, self.top_k)
+    }
+}
+
 /// How the rows of a segment attend. Both are the same function up to F32 rounding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AttendMode {
@@ -192,6 +212,32 @@ pub struct StepInput {
     pub segments: Vec<Segment>,
     /// Block ids of all segments; equal tables may be shared.
     pub blocks: Vec<u32>,
+}
+
+impl StepInput {
+    /// Checks that the segments cover the rows in order and that their block tables are long enough; every
+    /// backend's `begin_step` starts with it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] or [`Error::Overflow`]
+    pub fn check(&self) -> Result<(), Error> {
+        let op = "begin_step";
+        let mut row = 0;
+        for s in &self.segments {
+            expect(op, "segment row", row, s.row)?;
+            if s.rows == 0 {
+                return Err(shape_error(op, "segment rows", 1, 0));
+            }
+            row = s.row.checked_add(s.rows).ok_or(Error::Overflow { what: "segment rows" })?;
+            let end = s.start.checked_add(s.rows).ok_or(Error::Overflow { what: "segment position" })?;
+            let table = s
+                .first_block
+                .checked_add(end.div_ceil(BLOCK_TOKENS))
+                .ok_or(Error::Overflow { what: "block table" })?;
+            at_most(op, "block table", self.blocks.len(), table)?;
+        }
+        expect(op, "rows of all segments", self.tokens.len(), row)
+    }
 }
 
 /// A device that can run the DeepSeek family.
@@ -231,8 +277,14 @@ pub trait Backend: Send {
     fn embed(&mut self, table: Weight, out: Buffer) -> Result<(), Error>;
 
     /// `out[r] = weight * x[r] / sqrt(mean(x[r]^2) + eps)` for `rows` rows as wide as `weight`.
-    fn rms_norm(&mut self, x: Buffer, weight: Vector, eps: f32, out: Buffer, rows: usize)
-    -> Result<(), Error>;
+    fn rms_norm(
+        &mut self,
+        x: Buffer,
+        weight: Vector,
+        eps: f32,
+        out: Buffer,
+        rows: usize,
+    ) -> Result<(), Error>;
 
     /// `out[r] = x[r] * W^T` for `rows` rows.
     fn matmul(&mut self, x: Buffer, weight: Weight, out: Buffer, rows: usize) -> Result<(), Error>;

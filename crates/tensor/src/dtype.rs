@@ -150,6 +150,7 @@ pub fn ue8m0_to_f32(b: u8) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::float_cmp, reason = "the codecs are exact")]
     use super::*;
 
     #[test]

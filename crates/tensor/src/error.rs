@@ -71,3 +71,24 @@ pub enum Error {
     #[error("device: {0}")]
     Device(String),
 }
+
+/// [`Error::Shape`] in one line.
+pub fn shape_error(op: &'static str, what: &'static str, expected: usize, found: usize) -> Error {
+    Error::Shape { op, what, expected, found }
+}
+
+/// `found` must be `expected`.
+///
+/// # Errors
+/// [`Error::Shape`]
+pub fn expect(op: &'static str, what: &'static str, expected: usize, found: usize) -> Result<(), Error> {
+    if expected == found { Ok(()) } else { Err(shape_error(op, what, expected, found)) }
+}
+
+/// `found` must not be over `max`.
+///
+/// # Errors
+/// [`Error::Shape`]
+pub fn at_most(op: &'static str, what: &'static str, max: usize, found: usize) -> Result<(), Error> {
+    if found <= max { Ok(()) } else { Err(shape_error(op, what, max, found)) }
+}

@@ -163,9 +163,7 @@ impl HostMatrix {
                 let grid = self.cols.div_ceil(FP8_BLOCK);
                 let scales = self.scales.as_deref().unwrap_or_default();
                 let scales = &scales[row / FP8_BLOCK * grid..][..grid];
-                for ((o, b), s) in
-                    out.chunks_mut(FP8_BLOCK).zip(bytes.chunks(FP8_BLOCK)).zip(scales)
-                {
+                for ((o, b), s) in out.chunks_mut(FP8_BLOCK).zip(bytes.chunks(FP8_BLOCK)).zip(scales) {
                     for (o, &code) in o.iter_mut().zip(b) {
                         *o = E4M3_TABLE[code as usize] * s;
                     }
@@ -182,10 +180,7 @@ mod tests {
     #[test]
     fn bytes_must_fit_the_shape() {
         let err = HostMatrix::new(DType::BF16, 2, 3, ByteRegion::from_vec(vec![0; 11]), None).unwrap_err();
-        assert_eq!(
-            err,
-            Error::MatrixBytes { rows: 2, cols: 3, dtype: "BF16", expected: 12, found: 11 }
-        );
+        assert_eq!(err, Error::MatrixBytes { rows: 2, cols: 3, dtype: "BF16", expected: 12, found: 11 });
         let err = HostMatrix::new(DType::F32, usize::MAX, 2, ByteRegion::from_vec(vec![]), None).unwrap_err();
         assert_eq!(err, Error::Overflow { what: "matrix" });
     }
