@@ -1,0 +1,72 @@
+//! Seeded random data.
+
+use std::sync::Arc;
+
+use crate::{
+    ByteRegion, DType, Error, HostMatrix,
+    dtype::{FP8_BLOCK, f32_to_bf16, f32_to_e4m3, f32_to_f16},
+};
+
+/// A SplitMix64 generator: small, seeded, the same everywhere.
+pub struct Random(u64);
+
+impl Random {
+    /// A generator that always gives the same numbers for the same `seed`.
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5851_f42d_4c95_7f2d)
+    }
+
+    /// 64 random bits.
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `n`.
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.bits() % n.max(1) as u64) as usize
+    }
+
+    /// About normal, mean 0 and deviation 1.
+    pub fn normal(&mut self) -> f32 {
+        let sum: f64 = (0..4).map(|_| (self.bits() >> 11) as f64 / (1u64 << 53) as f64 - 0.5).sum();
+        (sum * 3f64.sqrt()) as f32
+    }
+
+    /// `n` values of [`Random::normal`].
+    pub fn normals(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.normal()).collect()
+    }
+
+    /// A matrix in `dtype` whose rows have a norm of about one.
+    ///
+    /// # Errors
+    /// None for shapes that fit in memory.
+    pub fn matrix(&mut self, dtype: DType, rows: usize, cols: usize) -> Result<HostMatrix, Error> {
+        let scale = 1.0 / (cols as f32).sqrt();
+        let values = (0..rows * cols).map(|_| self.normal() * scale);
+        let bytes = match dtype {
+            DType::F32 => values.flat_map(f32::to_le_bytes).collect(),
+            DType::F16 => values.flat_map(|v| f32_to_f16(v).to_le_bytes()).collect(),
+            DType::BF16 => values.flat_map(|v| f32_to_bf16(v).to_le_bytes()).collect(),
+            DType::F8E4M3 => values.map(|v| f32_to_e4m3(v * 100.0)).collect(),
+        };
+        let scales = (dtype == DType::F8E4M3).then(|| {
+            let grid = rows.div_ceil(FP8_BLOCK) * cols.div_ceil(FP8_BLOCK);
+            (0..grid).map(|_| 0.01 * (0.5 + self.below(1000) as f32 / 1000.0)).collect::<Arc<[f32]>>()
+        });
+        HostMatrix::new(dtype, rows, cols, ByteRegion::from_vec(bytes), scales)
+    }
+
+    /// `0..n` in random order.
+    pub fn permutation(&mut self, n: usize) -> Vec<u32> {
+        let mut order: Vec<u32> = (0..n as u32).collect();
+        for i in (1..n).rev() {
+            order.swap(i, self.below(i + 1));
+        }
+        order
+    }
+}
