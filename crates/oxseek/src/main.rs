@@ -1,1 +1,44 @@
-fn main() {}
+//! `oxseek`: runs and serves models of the DeepSeek family.
+#![forbid(unsafe_code)]
+
+mod args;
+mod bandwidth;
+mod bench;
+mod chat;
+mod conversation;
+#[cfg(feature = "demo")]
+mod demo;
+mod failure;
+mod inspect;
+mod open;
+mod run;
+mod selftest;
+mod serve;
+mod terminal;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Args, Command};
+use failure::Failure;
+
+fn main() -> ExitCode {
+    let result = match Args::parse().command {
+        Command::Run(a) => run::run(&a),
+        Command::Chat(a) => chat::chat(&a),
+        Command::Serve(a) => serve::serve(a),
+        Command::Inspect(a) => inspect::inspect(&a),
+        Command::Bench(a) => bench::bench(&a),
+        Command::Selftest(a) => selftest::selftest(&a),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // A reader that left (`oxseek run ... | head -1`) is no error of ours.
+        Err(Failure::OutputClosed) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("oxseek: {failure}");
+            failure.exit_code()
+        }
+    }
+}

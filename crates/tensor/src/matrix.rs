@@ -21,10 +21,15 @@ impl ByteRegion {
         (range.start <= range.end && range.end <= len).then_some(Self { owner, range })
     }
 
+    /// All of `owner`'s bytes.
+    pub fn whole(owner: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
+        let range = 0..(*owner).as_ref().len();
+        Self { owner, range }
+    }
+
     /// All of `bytes`.
     pub fn from_vec(bytes: Vec<u8>) -> Self {
-        let range = 0..bytes.len();
-        Self { owner: Arc::new(bytes), range }
+        Self::whole(Arc::new(bytes))
     }
 
     /// A part of this region; `None` when it does not lie inside.

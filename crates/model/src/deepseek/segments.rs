@@ -1,0 +1,80 @@
+//! Which rows attend in which form.
+//!
+//! Absorbed and expanded attention differ in the last bits of F32. So that a request's text never depends on
+//! its neighbours in the batch, the form of a row is a function of its position and of its own prompt length
+//! alone, not of how the scheduler happened to cut the prompt: a prompt is divided into cells of
+//! [`CELL_TOKENS`], and each cell has one form.
+
+use oxseek_tensor::backend::{AttendMode, MlaShape, Segment, StepInput};
+
+use crate::Batch;
+
+/// Tokens of a prompt that share one form of attention.
+const CELL_TOKENS: usize = 256;
+
+/// The form of the row at `position` of a sequence with a prompt of `prompt` tokens.
+fn mode_of(shape: &MlaShape, position: usize, prompt: usize) -> AttendMode {
+    if position >= prompt {
+        return AttendMode::Absorbed;
+    }
+    let start = position / CELL_TOKENS * CELL_TOKENS;
+    let rows = CELL_TOKENS.min(prompt - start);
+    // Multiply-adds per head for the cell (deepseek.md section 2.5); expanded rows are made anew per step.
+    let keys = start + rows / 2;
+    let expansion = shape.latent * (shape.nope + shape.value);
+    let expanded = rows * keys * (shape.nope + shape.rope + shape.value) + (start + rows) * expansion;
+    let absorbed = rows * keys * (2 * shape.latent + shape.rope) + rows * expansion;
+    if expanded < absorbed { AttendMode::Expanded } else { AttendMode::Absorbed }
+}
+
+/// Turns a batch into a backend's step: tokens and block tables as they are, sequences cut where the form changes.
+pub(super) fn step_input(shape: &MlaShape, batch: &Batch, step: &mut StepInput) {
+    step.tokens.clone_from(&batch.tokens);
+    step.blocks.clone_from(&batch.blocks);
+    step.segments.clear();
+    for s in &batch.sequences {
+        let (mut row, end) = (s.tokens.start, s.tokens.end);
+        while row < end {
+            let start = s.start + (row - s.tokens.start);
+            let mode = mode_of(shape, start, s.prompt_tokens);
+            let mut rows = 1;
+            while row + rows < end && mode_of(shape, start + rows, s.prompt_tokens) == mode {
+                rows += 1;
+            }
+            step.segments.push(Segment { row, rows, start, first_block: s.blocks.start, mode });
+            row += rows;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::LogitRows;
+
+    const SHAPE: MlaShape =
+        MlaShape { heads: 6, nope: 64, rope: 32, value: 64, latent: 128, softmax_scale: 1.0 };
+
+    fn modes(cuts: &[usize]) -> Vec<AttendMode> {
+        let mut modes = Vec::new();
+        let mut step = StepInput::default();
+        for w in cuts.windows(2) {
+            let mut batch = Batch::default();
+            batch.push(&vec![0; w[1] - w[0]], w[0], 600, &[0; 16], LogitRows::None);
+            step_input(&SHAPE, &batch, &mut step);
+            for s in &step.segments {
+                modes.extend(vec![s.mode; s.rows]);
+            }
+        }
+        modes
+    }
+
+    #[test]
+    fn the_form_does_not_depend_on_the_cut() {
+        let whole = modes(&[0, 700]);
+        assert_eq!(whole.len(), 700);
+        assert_eq!(whole, modes(&[0, 1, 2, 200, 256, 257, 511, 600, 601, 700]));
+        assert_eq!(whole[0], AttendMode::Expanded);
+        assert_eq!(whole[600], AttendMode::Absorbed);
+    }
+}

@@ -1,0 +1,66 @@
+//! What a checkpoint weighs and what a token costs to read.
+
+use std::collections::BTreeMap;
+
+use oxseek_weights::{Checkpoint, TensorInfo};
+
+use crate::kv;
+
+/// Sizes of a checkpoint, from its headers alone.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Footprint {
+    /// Parameters of the main model (FP8 block scales are not parameters).
+    pub parameters: u64,
+    /// Parameters of the MTP modules.
+    pub mtp_parameters: u64,
+    /// Parameters that one token uses, embedding row and head included.
+    pub active_parameters: u64,
+    /// Bytes per storage format, MTP modules and scales included.
+    pub bytes_by_format: BTreeMap<String, u64>,
+    /// Weight bytes that decoding one token reads.
+    pub bytes_per_token: u64,
+    /// Latent cache bytes per token, over all layers.
+    pub cache_bytes_per_token: u64,
+}
+
+impl Footprint {
+    /// Reads the sizes off a checkpoint's headers.
+    pub fn of(checkpoint: &Checkpoint) -> Self {
+        let mut all = Self {
+            cache_bytes_per_token: kv::bytes_per_token(checkpoint.config()) as u64,
+            ..Self::default()
+        };
+        for t in checkpoint.tensors() {
+            all.add(checkpoint, &t);
+        }
+        all
+    }
+
+    fn add(&mut self, checkpoint: &Checkpoint, t: &TensorInfo) {
+        let c = checkpoint.config();
+        *self.bytes_by_format.entry(t.dtype.to_string()).or_default() += t.bytes as u64;
+        let elements = t.shape.iter().product::<usize>() as u64;
+        let is_scale = t.name.ends_with("_scale_inv");
+        let parameters = if is_scale { 0 } else { elements };
+        if layer_of(t.name).is_some_and(|l| l >= c.num_hidden_layers) {
+            self.mtp_parameters += parameters;
+            return;
+        }
+        self.parameters += parameters;
+        // Of the routed experts a token reads its top-k, of the embedding its row.
+        let (part, of) = if t.name.contains(".mlp.experts.") {
+            (c.num_experts_per_tok as u64, c.n_routed_experts.max(1) as u64)
+        } else if t.name == "model.embed_tokens.weight" && !c.tie_word_embeddings {
+            (1, c.vocab_size as u64)
+        } else {
+            (1, 1)
+        };
+        self.active_parameters += parameters * part / of;
+        self.bytes_per_token += t.bytes as u64 * part / of;
+    }
+}
+
+/// The layer that a tensor belongs to: `model.layers.12.` is 12.
+fn layer_of(name: &str) -> Option<usize> {
+    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
+}

@@ -1,0 +1,168 @@
+//! The command line.
+
+use std::{net::IpAddr, path::PathBuf};
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+use oxseek_backend_cpu::Level;
+
+/// Runs and serves models of the DeepSeek family.
+///
+/// Without --model it uses the small demo model that is built in.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Answer one prompt, from the command line or from standard input
+    Run(RunArgs),
+    /// Talk to the model in the terminal
+    Chat(ChatArgs),
+    /// Serve the OpenAI-compatible API and the chat page
+    Serve(ServeArgs),
+    /// Show a checkpoint's architecture, parameters and bytes
+    Inspect(InspectArgs),
+    /// Measure prefill and decode speed
+    Bench(BenchArgs),
+    /// Check every kernel and the model's answers on this machine
+    Selftest(SelftestArgs),
+}
+
+/// Which model, on what.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct ModelArgs {
+    /// Folder of a Hugging Face checkpoint (config.json, tokenizer.json, *.safetensors)
+    #[arg(short, long, env = "OXSEEK_MODEL", value_name = "FOLDER")]
+    pub model: Option<PathBuf>,
+    /// Threads that compute; default: the cores this process may use
+    #[arg(short, long, env = "OXSEEK_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// SIMD level: scalar, avx2, avx512 or neon; default: the best this CPU has
+    #[arg(long, env = "OXSEEK_CPU_LEVEL")]
+    pub cpu_level: Option<Level>,
+    /// Longest conversation in tokens, answer included; default: the model's own, at most 4096
+    #[arg(short, long, env = "OXSEEK_CTX", value_name = "TOKENS")]
+    pub ctx: Option<usize>,
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct SamplingArgs {
+    /// Most tokens of an answer; default: until the model stops or the context is full
+    #[arg(short = 'n', long, value_name = "N")]
+    pub max_tokens: Option<usize>,
+    /// 0 always takes the most likely token; default: what the model recommends
+    #[arg(long)]
+    pub temperature: Option<f32>,
+    /// Keep only the most likely tokens that together have this probability
+    #[arg(long)]
+    pub top_p: Option<f32>,
+    /// Keep only this many of the most likely tokens; 0 keeps all
+    #[arg(long)]
+    pub top_k: Option<usize>,
+    /// Drop tokens less likely than this part of the most likely one
+    #[arg(long)]
+    pub min_p: Option<f32>,
+    /// Same seed, same text
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Let the model think before it answers, if it can
+    #[arg(long)]
+    pub think: bool,
+}
+
+/// `oxseek run`
+#[derive(Debug, ClapArgs)]
+pub struct RunArgs {
+    /// The prompt; without one, or as `-`, it is read from standard input
+    pub prompt: Option<String>,
+    /// Continue the text as it is, without the chat template
+    #[arg(long)]
+    pub raw: bool,
+    /// System prompt
+    #[arg(long, conflicts_with = "raw")]
+    pub system: Option<String>,
+    /// Print tokens, time to first token and tokens/s to standard error
+    #[arg(long)]
+    pub stats: bool,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// `oxseek chat`
+#[derive(Debug, ClapArgs)]
+pub struct ChatArgs {
+    /// System prompt
+    #[arg(long)]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// `oxseek serve`
+#[derive(Debug, ClapArgs)]
+pub struct ServeArgs {
+    /// Address to listen on; anything but loopback is open to whoever can reach it
+    #[arg(long, env = "OXSEEK_HOST", default_value = "127.0.0.1")]
+    pub host: IpAddr,
+    /// Port to listen on; 0 takes a free one and prints it
+    #[arg(short, long, env = "OXSEEK_PORT", default_value_t = 8080)]
+    pub port: u16,
+    /// Requests that are answered at the same time; more wait
+    #[arg(long, env = "OXSEEK_PARALLEL", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub parallel: u16,
+    /// Requests that may wait; more are refused with 429
+    #[arg(long, env = "OXSEEK_QUEUE", default_value_t = 256)]
+    pub queue: usize,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+/// `oxseek inspect`
+#[derive(Debug, ClapArgs)]
+pub struct InspectArgs {
+    /// Folder of a Hugging Face checkpoint; default: the built-in demo model
+    #[arg(value_name = "MODEL")]
+    pub model: Option<PathBuf>,
+    /// List every tensor too
+    #[arg(long)]
+    pub tensors: bool,
+}
+
+/// `oxseek bench`
+#[derive(Debug, ClapArgs)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Tokens of the prompt
+    #[arg(short, long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub prompt: u32,
+    /// Tokens to generate
+    #[arg(short = 'n', long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub generate: u32,
+    /// Sequences that run together
+    #[arg(short, long, default_value = "1,8", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub batch: Vec<u16>,
+    /// Runs of each test; the median counts
+    #[arg(short, long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub repeat: u16,
+}
+
+/// `oxseek selftest`
+#[derive(Debug, ClapArgs)]
+pub struct SelftestArgs {
+    /// Folder with golden checkpoints (this project's goldens/): compares logits, routing, greedy text and MTP
+    #[arg(long, value_name = "FOLDER")]
+    pub goldens: Option<PathBuf>,
+    /// Threads that compute; default: 1, 2 and 8
+    #[arg(short, long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Vec<u16>,
+}

@@ -1,0 +1,70 @@
+//! `oxseek serve`: the HTTP server, up at once and ready when the model is.
+
+use std::net::SocketAddr;
+
+use oxseek_server::{AppState, Model};
+use tokio::net::TcpListener;
+
+use crate::{args::ServeArgs, failure::Failure, open::open_engine};
+
+/// Serves until Ctrl-C or SIGTERM, then lets running answers end.
+pub fn serve(args: ServeArgs) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(listen(args))
+}
+
+async fn listen(args: ServeArgs) -> Result<(), Failure> {
+    let address = SocketAddr::new(args.host, args.port);
+    let listener = TcpListener::bind(address)
+        .await
+        .map_err(|e| Failure::Run(format!("cannot listen on {address}: {e}; try another --port")))?;
+    let local = listener.local_addr()?;
+    eprintln!("oxseek: listening on http://{local}");
+    let state = AppState::loading();
+    let loading = tokio::task::spawn_blocking({
+        let state = state.clone();
+        move || {
+            let opened = open_engine(&args.model, args.parallel.into(), args.queue)?;
+            eprintln!("oxseek: {} is ready", opened.name);
+            let engine = opened.engine.clone();
+            state.ready(Model {
+                name: opened.name,
+                engine: opened.engine,
+                template: opened.template,
+                bos: opened.bos,
+                eos: opened.eos,
+                sampling: opened.sampling,
+            });
+            Ok::<_, Failure>(engine)
+        }
+    });
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let server = tokio::spawn(oxseek_server::serve(listener, state, async move {
+        tokio::select! {
+            () = interrupted() => eprintln!("oxseek: stopping; running answers may end, Ctrl-C again stops at once"),
+            _ = stopped => {}
+        }
+    }));
+    let engine = loading.await.map_err(|e| Failure::Run(e.to_string()))?;
+    // A server whose model did not load must not stay up and say "loading" for ever.
+    let engine = engine.inspect_err(|_| drop(stop))?;
+    let result = server.await.map_err(|e| Failure::Run(e.to_string()))?;
+    engine.shutdown();
+    result.map_err(Failure::from)
+}
+
+/// Waits for Ctrl-C or SIGTERM.
+async fn interrupted() {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+            tokio::select! {
+                _ = tokio::signal::ctrl_c() => {}
+                _ = terminate.recv() => {}
+            }
+            return;
+        }
+    }
+    let _ = tokio::signal::ctrl_c().await;
+}

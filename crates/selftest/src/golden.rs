@@ -1,0 +1,95 @@
+//! Golden files: safetensors with answers, and checkpoints that are stored compressed.
+
+use std::{fs, io::Read, path::Path};
+
+use flate2::read::GzDecoder;
+use oxseek_tensor::ByteRegion;
+use oxseek_weights::{Checkpoint, SafeTensors};
+
+use crate::Error;
+
+/// The answers of one golden file.
+pub struct Golden(SafeTensors);
+
+impl Golden {
+    /// Reads `path`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Checkpoint`]
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        Self::from_bytes(&path.display().to_string(), ByteRegion::from_vec(read(path)?))
+    }
+
+    /// Takes the bytes of a golden file called `name`.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`]
+    pub fn from_bytes(name: &str, bytes: ByteRegion) -> Result<Self, Error> {
+        Ok(Self(SafeTensors::read(name, bytes)?))
+    }
+
+    /// Whether there is a tensor `name`.
+    pub fn contains(&self, name: &str) -> bool {
+        self.0.get(name).is_some()
+    }
+
+    /// An F32 tensor's values.
+    ///
+    /// # Errors
+    /// [`Error::Golden`]
+    pub fn floats(&self, name: &str) -> Result<Vec<f32>, Error> {
+        let bytes = self.typed(name, &["F32"])?.1;
+        Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    }
+
+    /// An I32 or I64 tensor's values as token or expert ids.
+    ///
+    /// # Errors
+    /// [`Error::Golden`]
+    pub fn ids(&self, name: &str) -> Result<Vec<u32>, Error> {
+        let (dtype, bytes) = self.typed(name, &["I32", "I64"])?;
+        // Ids are small and not negative: the low four bytes hold them.
+        let width = if dtype == "I32" { 4 } else { 8 };
+        Ok(bytes.chunks_exact(width).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    }
+
+    fn typed(&self, name: &str, allowed: &[&str]) -> Result<(&str, &[u8]), Error> {
+        let golden = |why: String| Error::Golden { name: name.into(), why };
+        let t = self.0.get(name).ok_or_else(|| golden("missing".into()))?;
+        if !allowed.contains(&t.dtype) {
+            return Err(golden(format!("{}, expected {}", t.dtype, allowed.join(" or "))));
+        }
+        Ok((t.dtype, t.bytes))
+    }
+}
+
+/// Opens a checkpoint folder whose weights are stored as `model.safetensors.gz`, or an ordinary one.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::Checkpoint`]
+pub fn open_checkpoint(folder: &Path) -> Result<Checkpoint, Error> {
+    let packed = folder.join("model.safetensors.gz");
+    if !packed.exists() {
+        return Ok(Checkpoint::open(folder)?);
+    }
+    let mut files = vec![("model.safetensors".to_string(), ByteRegion::from_vec(unpack(&packed)?))];
+    for name in ["config.json", "generation_config.json"] {
+        let path = folder.join(name);
+        if path.exists() {
+            files.push((name.to_string(), ByteRegion::from_vec(read(&path)?)));
+        }
+    }
+    Ok(Checkpoint::from_files(files)?)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    fs::read(path).map_err(|source| Error::Io { path: path.into(), source })
+}
+
+fn unpack(path: &Path) -> Result<Vec<u8>, Error> {
+    let mut bytes = Vec::new();
+    GzDecoder::new(&read(path)?[..])
+        .read_to_end(&mut bytes)
+        .map_err(|source| Error::Io { path: path.into(), source })?;
+    Ok(bytes)
+}

@@ -1,0 +1,50 @@
+//! Every fixture and every golden prompt on every CPU level and thread count.
+
+use std::path::{Path, PathBuf};
+
+use oxseek_backend_cpu::{CpuBackend, CpuOptions, Level};
+use oxseek_selftest::{MakeBackend, demo, fixture, golden::Golden};
+use oxseek_tensor::Backend;
+use oxseek_weights::Checkpoint;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+fn cpu(level: Level, threads: usize) -> impl FnMut() -> Result<Box<dyn Backend>, oxseek_tensor::Error> {
+    move || {
+        let options = CpuOptions { threads: Some(threads), level: Some(level) };
+        Ok(Box::new(CpuBackend::new(options)?) as Box<dyn Backend>)
+    }
+}
+
+fn check_fixtures(make: &mut MakeBackend<'_>) {
+    for name in fixture::NAMES {
+        let figures = fixture::check(&root().join("goldens").join(name), make).unwrap();
+        assert!(figures.passed(), "{}\n{figures}\n{figures:?}", fixture::Figures::HEADING);
+    }
+}
+
+fn check_demo(make: &mut MakeBackend<'_>) {
+    let checkpoint = Checkpoint::open(&root().join("models/oxseek-demo")).unwrap();
+    let golden = Golden::open(&root().join("goldens/oxseek-demo.safetensors")).unwrap();
+    for figures in demo::check(&checkpoint, &golden, make).unwrap() {
+        assert!(figures.passed(), "{figures}");
+    }
+}
+
+#[test]
+fn fixtures_at_every_level() {
+    for level in Level::available() {
+        check_fixtures(&mut cpu(level, 2));
+    }
+}
+
+#[test]
+fn demo_at_every_level_and_thread_count() {
+    for level in Level::available() {
+        for threads in [1, 2, 8] {
+            check_demo(&mut cpu(level, threads));
+        }
+    }
+}
