@@ -1,4 +1,5 @@
 //! Every fixture and every golden prompt on every CPU level and thread count.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,5 @@
 //! Every fixture on the scalar reference: the model's formulas, apart from any kernel.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::path::Path;
 

@@ -1,0 +1,106 @@
+//! `embed`, `matmul`, `matmul_add`.
+
+use oxseek_tensor::{
+    Error,
+    backend::{Buffer, Weight},
+    error::at_most,
+};
+
+use super::rows_per_task;
+use crate::{
+    CpuBackend,
+    memory::Shared,
+    simd::{Gemm, Output, WeightRef},
+};
+
+impl CpuBackend {
+    pub(crate) fn embed_rows(&mut self, table: Weight, out: Buffer) -> Result<(), Error> {
+        let op = "embed";
+        let table = self.matrix(op, table)?.clone();
+        self.sized(op, out, self.rows(), table.cols())?;
+        for &token in &self.step.tokens {
+            at_most(op, "token", table.rows() - 1, token as usize)?;
+        }
+        let (w, out) = (WeightRef::new(&table), &mut self.buffers[out.0 as usize].values);
+        for (&token, row) in self.step.tokens.iter().zip(out.chunks_exact_mut(table.cols())) {
+            // SAFETY: the token is a row of the table and `row` holds one; the level was detected.
+            unsafe { (self.kernels.decode_row)(&w, token as usize, row.as_mut_ptr()) };
+        }
+        Ok(())
+    }
+
+    pub(crate) fn project(
+        &mut self,
+        op: &'static str,
+        x: Buffer,
+        weight: Weight,
+        out: Buffer,
+        rows: usize,
+        output: Output<'static>,
+    ) -> Result<(), Error> {
+        Self::apart(op, x, out)?;
+        let w = self.matrix(op, weight)?.clone();
+        self.sized(op, x, rows, w.cols())?;
+        self.sized(op, out, rows, w.rows())?;
+        let mut y = std::mem::take(&mut self.buffers[out.0 as usize].values);
+        let x = self.buffers[x.0 as usize].values.as_ptr();
+        let result = self.gemm(&WeightRef::new(&w), w.rows(), x, rows, &mut y, output);
+        self.buffers[out.0 as usize].values = y;
+        result
+    }
+
+    /// All `n` rows of `w` times rows `0..rows` of `x` (`w.cols` wide) into `y` (`n` wide).
+    pub(crate) fn gemm(
+        &mut self,
+        w: &WeightRef,
+        n: usize,
+        x: *const f32,
+        rows: usize,
+        y: &mut [f32],
+        output: Output<'static>,
+    ) -> Result<(), Error> {
+        if rows == 0 {
+            return Ok(());
+        }
+        self.count_to(rows);
+        let tokens = &self.identity[..rows];
+        let chunk = rows_per_task(n, rows * n * w.cols, self.pool.threads());
+        let (kernels, scratch, panel_len) = (self.kernels, &self.scratch, self.panel_len);
+        let (x, y) = (Input(x), Shared::new(y));
+        self.pool.run(n.div_ceil(chunk), &|task, thread| {
+            let from = task * chunk;
+            // SAFETY: the pool gave this thread its number.
+            let panel = unsafe { &mut scratch.of(thread).panel };
+            let g = Gemm {
+                w: *w,
+                rows: from..n.min(from + chunk),
+                x: x.get(),
+                x_stride: w.cols,
+                tokens,
+                out: y.at(from),
+                out_stride: n,
+                out_rows: tokens,
+                output,
+                panel: panel.as_mut_ptr(),
+                panel_len,
+            };
+            // SAFETY: the callers proved the sizes of x and y; tasks write disjoint columns; x is not y.
+            unsafe { (kernels.gemm)(&g) };
+        })
+    }
+}
+
+/// A place that all tasks read.
+#[derive(Clone, Copy)]
+pub(crate) struct Input(pub(crate) *const f32);
+
+// SAFETY: it is only read while a fork runs.
+unsafe impl Send for Input {}
+// SAFETY: as above.
+unsafe impl Sync for Input {}
+
+impl Input {
+    pub(crate) fn get(self) -> *const f32 {
+        self.0
+    }
+}

@@ -1,0 +1,379 @@
+//! `mlp`, `route`, `moe`: experts grouped by token, so that each weight is read once per step.
+
+use oxseek_tensor::{
+    Error, HostMatrix,
+    backend::{Buffer, Experts, GroupScore, Mlp, RouterShape, Routing, Scoring, Vector, Weight},
+    error::{expect, shape_error},
+};
+
+use super::{matmul::Input, rows_per_task};
+use crate::{
+    CpuBackend,
+    memory::Shared,
+    simd::{Gemm, Output, WeightRef},
+};
+
+/// One MLP and the tokens that go through it.
+struct Group {
+    gate: WeightRef,
+    up: WeightRef,
+    down: WeightRef,
+    inner: usize,
+    /// Its slots in [`FfnScratch::tokens`].
+    from: usize,
+    to: usize,
+}
+
+/// What a feed-forward op keeps from step to step for its memory.
+#[derive(Default)]
+pub(crate) struct FfnScratch {
+    groups: Vec<Group>,
+    /// Token of each slot, slots ordered by expert and then by token.
+    tokens: Vec<u32>,
+    /// Weight of each slot.
+    weights: Vec<f32>,
+    /// `silu(gate x) * up x` of each slot.
+    inner: Vec<f32>,
+    /// First task of each group in the first fork.
+    first_task: Vec<usize>,
+    choice: Choice,
+}
+
+/// Scratch of the router.
+#[derive(Default)]
+struct Choice {
+    scores: Vec<f32>,
+    biased: Vec<f32>,
+    ranks: Vec<f32>,
+    order: Vec<u32>,
+}
+
+impl CpuBackend {
+    pub(crate) fn dense_ffn(&mut self, x: Buffer, mlp: &Mlp, out: Buffer) -> Result<(), Error> {
+        let mut f = std::mem::take(&mut self.ffn);
+        f.clear();
+        let result = self.push_mlp("mlp", &mut f, mlp).and_then(|()| self.run_groups("mlp", &mut f, x, out));
+        self.ffn = f;
+        result
+    }
+
+    pub(crate) fn routed_ffn(
+        &mut self,
+        x: Buffer,
+        routing: Routing,
+        experts: Experts,
+        shared: Option<&Mlp>,
+        out: Buffer,
+    ) -> Result<(), Error> {
+        let op = "moe";
+        let mut f = std::mem::take(&mut self.ffn);
+        f.clear();
+        let result = self
+            .push_routed(op, &mut f, routing, experts)
+            .and_then(|()| shared.map_or(Ok(()), |m| self.push_mlp(op, &mut f, m)))
+            .and_then(|()| self.run_groups(op, &mut f, x, out));
+        self.ffn = f;
+        result
+    }
+
+    /// A group of all tokens, weight 1.
+    fn push_mlp(&self, op: &'static str, f: &mut FfnScratch, mlp: &Mlp) -> Result<(), Error> {
+        let (gate, up) = (self.matrix(op, mlp.gate)?, self.matrix(op, mlp.up)?);
+        let down = self.matrix(op, mlp.down)?;
+        let from = f.tokens.len();
+        f.tokens.extend(0..self.rows() as u32);
+        f.weights.resize(f.tokens.len(), 1.0);
+        f.push(op, gate, up, down, from)
+    }
+
+    /// A group per chosen expert, by ascending id.
+    fn push_routed(
+        &self,
+        op: &'static str,
+        f: &mut FfnScratch,
+        routing: Routing,
+        experts: Experts,
+    ) -> Result<(), Error> {
+        let n = self.experts.len();
+        let missing = shape_error(op, "experts handle", n, experts.0 as usize);
+        let experts = self.experts.get(experts.0 as usize).ok_or(missing)?;
+        let routing = self.routing(op, routing, self.rows())?;
+        let slots = self.rows() * routing.top_k;
+        if let Some(e) = routing.ids[..slots].iter().find(|e| **e as usize >= experts.len()) {
+            return Err(shape_error(op, "expert id below", experts.len(), *e as usize));
+        }
+        for (id, e) in experts.iter().enumerate() {
+            let from = f.tokens.len();
+            for (slot, &chosen) in routing.ids[..slots].iter().enumerate() {
+                if chosen as usize == id {
+                    f.tokens.push((slot / routing.top_k) as u32);
+                    f.weights.push(routing.weights[slot]);
+                }
+            }
+            if f.tokens.len() > from {
+                f.push(op, &e.gate, &e.up, &e.down, from)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// `out += sum over groups of weight * down(silu(gate x) * up x)`, in two forks: the inner activations of all
+    /// groups, then the outputs, divided by columns so that each is summed in the order of the groups.
+    fn run_groups(
+        &mut self,
+        op: &'static str,
+        f: &mut FfnScratch,
+        x: Buffer,
+        out: Buffer,
+    ) -> Result<(), Error> {
+        Self::apart(op, x, out)?;
+        let (rows, width) = (self.rows(), self.buffer(op, x)?.cols);
+        self.sized(op, x, rows, width)?;
+        self.sized(op, out, rows, width)?;
+        if let Some(g) = f.groups.iter().find(|g| g.gate.cols != width) {
+            return Err(shape_error(op, "MLP columns", width, g.gate.cols));
+        }
+        let stride = f.groups.iter().map(|g| g.inner).max().unwrap_or(0);
+        let slots = f.tokens.len();
+        if f.inner.len() < slots * stride {
+            f.inner.resize(slots * stride, 0.0);
+        }
+        self.count_to(slots);
+        self.inner_activations(f, x, stride)?;
+        self.outputs(f, out, width, stride)
+    }
+
+    fn inner_activations(&mut self, f: &mut FfnScratch, x: Buffer, stride: usize) -> Result<(), Error> {
+        let threads = self.pool.threads();
+        let work: usize = f.groups.iter().map(|g| (g.to - g.from) * g.inner * g.gate.cols * 2).sum();
+        let chunk = rows_per_task(f.groups.iter().map(|g| g.inner).sum(), work, threads);
+        f.first_task.clear();
+        let mut tasks = 0;
+        for g in &f.groups {
+            f.first_task.push(tasks);
+            tasks += g.inner.div_ceil(chunk);
+        }
+        let x = &self.buffers[x.0 as usize];
+        let (x, x_stride) = (Input(x.values.as_ptr()), x.cols);
+        let inner = Shared::new(&mut f.inner);
+        let (groups, tokens, first_task) = (&f.groups, &f.tokens, &f.first_task);
+        let (kernels, scratch, panel_len, identity) =
+            (self.kernels, &self.scratch, self.panel_len, &self.identity);
+        self.pool.run(tasks, &|task, thread| {
+            let group = first_task.partition_point(|&t| t <= task) - 1;
+            let g = &groups[group];
+            let from = (task - first_task[group]) * chunk;
+            let to = g.inner.min(from + chunk);
+            let (n, slots) = (to - from, g.to - g.from);
+            // SAFETY: the pool gave this thread its number.
+            let scratch = unsafe { scratch.of(thread) };
+            let (panel, [gated, up, ..]) = scratch.split([slots * n, slots * n, 0, 0, 0, 0]);
+            for (w, y) in [(g.gate, &mut *gated), (g.up, &mut *up)] {
+                let gemm = Gemm {
+                    w,
+                    rows: from..to,
+                    x: x.get(),
+                    x_stride,
+                    tokens: &tokens[g.from..g.to],
+                    out: y.as_mut_ptr(),
+                    out_stride: n,
+                    out_rows: &identity[..slots],
+                    output: Output::Store,
+                    panel: panel.as_mut_ptr(),
+                    panel_len,
+                };
+                // SAFETY: tokens are rows of x; the outputs are this thread's.
+                unsafe { (kernels.gemm)(&gemm) };
+            }
+            for s in 0..slots {
+                let out = inner.at((g.from + s) * stride + from);
+                // SAFETY: only this task writes these columns of this group's slots.
+                unsafe { (kernels.silu_mul)(gated[s * n..].as_ptr(), up[s * n..].as_ptr(), out, n) };
+            }
+        })
+    }
+
+    fn outputs(&mut self, f: &FfnScratch, out: Buffer, width: usize, stride: usize) -> Result<(), Error> {
+        let work: usize = f.groups.iter().map(|g| (g.to - g.from) * g.inner * width).sum();
+        let chunk = rows_per_task(width, work, self.pool.threads());
+        let out = Shared::new(&mut self.buffers[out.0 as usize].values);
+        let inner = Input(f.inner.as_ptr());
+        let (groups, tokens, weights) = (&f.groups, &f.tokens, &f.weights);
+        let (kernels, scratch, panel_len, identity) =
+            (self.kernels, &self.scratch, self.panel_len, &self.identity);
+        self.pool.run(width.div_ceil(chunk), &|task, thread| {
+            let from = task * chunk;
+            // SAFETY: the pool gave this thread its number.
+            let panel = unsafe { &mut scratch.of(thread).panel };
+            for g in groups {
+                let gemm = Gemm {
+                    w: g.down,
+                    rows: from..width.min(from + chunk),
+                    x: inner.get(),
+                    x_stride: stride,
+                    tokens: &identity[g.from..g.to],
+                    out: out.at(from),
+                    out_stride: width,
+                    out_rows: &tokens[g.from..g.to],
+                    output: Output::AddScaled(&weights[g.from..g.to]),
+                    panel: panel.as_mut_ptr(),
+                    panel_len,
+                };
+                // SAFETY: slots are rows of `inner`, tokens rows of `out`; tasks write disjoint columns.
+                unsafe { (kernels.gemm)(&gemm) };
+            }
+        })
+    }
+
+    pub(crate) fn route_rows(
+        &mut self,
+        shape: &RouterShape,
+        x: Buffer,
+        gate: Weight,
+        bias: Option<Vector>,
+        out: Routing,
+    ) -> Result<(), Error> {
+        let op = "route";
+        shape.check()?;
+        let rows = self.rows();
+        let w = self.matrix(op, gate)?.clone();
+        expect(op, "gate rows", shape.experts, w.rows())?;
+        self.sized(op, x, rows, w.cols())?;
+        let bias = bias.map(|b| self.vector(op, b, shape.experts).map(<[f32]>::to_vec)).transpose()?;
+        expect(op, "top_k", shape.top_k, self.routing(op, out, rows)?.top_k)?;
+        let mut logits = std::mem::take(&mut self.logits);
+        logits.resize(rows * shape.experts, 0.0);
+        let x = self.buffers[x.0 as usize].values.as_ptr();
+        let result = self.gemm(&WeightRef::new(&w), shape.experts, x, rows, &mut logits, Output::Store);
+        let routing = &mut self.routings[out.0 as usize];
+        for (r, logits) in logits.chunks_exact(shape.experts).enumerate() {
+            let slots = r * shape.top_k..(r + 1) * shape.top_k;
+            let (ids, weights) = (&mut routing.ids[slots.clone()], &mut routing.weights[slots]);
+            self.ffn.choice.choose(shape, logits, bias.as_deref(), ids, weights);
+        }
+        self.logits = logits;
+        result
+    }
+}
+
+impl FfnScratch {
+    fn clear(&mut self) {
+        self.groups.clear();
+        self.tokens.clear();
+        self.weights.clear();
+    }
+
+    /// A group of the slots from `from` on.
+    fn push(
+        &mut self,
+        op: &'static str,
+        gate: &HostMatrix,
+        up: &HostMatrix,
+        down: &HostMatrix,
+        from: usize,
+    ) -> Result<(), Error> {
+        expect(op, "up rows", gate.rows(), up.rows())?;
+        expect(op, "up columns", gate.cols(), up.cols())?;
+        expect(op, "down columns", gate.rows(), down.cols())?;
+        expect(op, "down rows", gate.cols(), down.rows())?;
+        self.groups.push(Group {
+            gate: WeightRef::new(gate),
+            up: WeightRef::new(up),
+            down: WeightRef::new(down),
+            inner: gate.rows(),
+            from,
+            to: self.tokens.len(),
+        });
+        Ok(())
+    }
+}
+
+impl Choice {
+    /// Expert ids by descending choice score, and their weights (deepseek.md section 3.1).
+    fn choose(
+        &mut self,
+        shape: &RouterShape,
+        logits: &[f32],
+        bias: Option<&[f32]>,
+        ids: &mut [u32],
+        weights: &mut [f32],
+    ) {
+        self.score(shape.scoring, logits);
+        self.biased.clone_from(&self.scores);
+        if let Some(bias) = bias {
+            self.biased.iter_mut().zip(bias).for_each(|(s, b)| *s += b);
+        }
+        if shape.groups > 1 {
+            self.drop_groups(shape);
+        }
+        top_k(&self.biased, shape.top_k, &mut self.order);
+        let mut sum = 0.0;
+        for (id, &e) in ids.iter_mut().zip(&self.order) {
+            *id = e;
+            sum += self.scores[e as usize];
+        }
+        let norm = if shape.normalize && shape.top_k > 1 { sum + 1e-20 } else { 1.0 };
+        for (w, &e) in weights.iter_mut().zip(&self.order) {
+            *w = self.scores[e as usize] / norm * shape.scale;
+        }
+    }
+
+    fn score(&mut self, scoring: Scoring, logits: &[f32]) {
+        self.scores.clear();
+        match scoring {
+            Scoring::Sigmoid => self.scores.extend(logits.iter().map(|z| 1.0 / (1.0 + (-z).exp()))),
+            Scoring::Softmax => {
+                let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                self.scores.extend(logits.iter().map(|z| (z - max).exp()));
+                let sum: f32 = self.scores.iter().sum();
+                self.scores.iter_mut().for_each(|s| *s /= sum);
+            }
+        }
+    }
+
+    /// Takes the experts of all but the best groups out of the choice.
+    fn drop_groups(&mut self, shape: &RouterShape) {
+        let size = shape.experts / shape.groups;
+        self.ranks.clear();
+        for group in self.biased.chunks_exact(size) {
+            let (mut best, mut second) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
+            for &s in group {
+                (best, second) = if s > best { (s, best) } else { (best, second.max(s)) };
+            }
+            self.ranks.push(match shape.group_score {
+                GroupScore::Max => best,
+                GroupScore::TopTwoSum => best + second,
+            });
+        }
+        top_k(&self.ranks, shape.groups_kept, &mut self.order);
+        for (g, group) in self.biased.chunks_exact_mut(size).enumerate() {
+            if !self.order.contains(&(g as u32)) {
+                group.fill(f32::NEG_INFINITY);
+            }
+        }
+    }
+}
+
+/// Indices of the `k` largest values, descending; ties go to the smaller index.
+fn top_k(values: &[f32], k: usize, order: &mut Vec<u32>) {
+    order.clear();
+    order.extend(0..values.len() as u32);
+    let descending = |a: &u32, b: &u32| values[*b as usize].total_cmp(&values[*a as usize]).then(a.cmp(b));
+    if k < order.len() {
+        order.select_nth_unstable_by(k, descending);
+        order.truncate(k);
+    }
+    order.sort_unstable_by(descending);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ties_go_to_the_smaller_index() {
+        let mut order = Vec::new();
+        top_k(&[1.0, 2.0, 2.0, 1.0, 2.0], 4, &mut order);
+        assert_eq!(order, [1, 2, 4, 0]);
+    }
+}
