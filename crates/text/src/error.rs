@@ -1,60 +1,23 @@
-//! What can go wrong between text and tokens.
+//! What can go wrong with text.
 
 use thiserror::Error;
 
-/// An error of a tokenizer, a chat template or their files.
-#[derive(Debug, Error, Clone, PartialEq, Eq)]
+/// What can go wrong with text. No message holds a prompt.
+#[derive(Debug, Error)]
 pub enum Error {
-    /// A file that does not parse.
-    #[error("{file}: {message}")]
-    File {
-        /// Name of the file.
-        file: &'static str,
-        /// What the parser said.
-        message: String,
-    },
-    /// A file that asks for something this crate does not do.
-    #[error("{file}: {field}: unsupported: {value}")]
-    Unsupported {
-        /// Name of the file.
-        file: &'static str,
-        /// Path of the field.
-        field: &'static str,
-        /// What the field holds.
-        value: String,
-    },
-    /// An added token that cannot be used.
-    #[error("tokenizer.json: added token {content:?}: {problem}")]
-    AddedToken {
-        /// Text of the token.
-        content: String,
-        /// Why it cannot be used.
-        problem: &'static str,
-    },
-    /// The tokenizer failed on a text.
-    #[error("tokenizer: {0}")]
+    /// A tokenizer.json that is broken or of an unsupported kind.
+    #[error("tokenizer.json: {0}")]
+    Tokenizer(String),
+    /// Text that the tokenizer gave up on.
+    #[error("cannot tokenise the text: {0}")]
     Encode(String),
-    /// The chat template failed, or refused the conversation through `raise_exception`.
-    #[error("chat template: {message}")]
-    Template {
-        /// The template's own words if it refused; otherwise what went wrong.
-        message: String,
-        /// Line of the template, from 1, where known.
-        line: Option<usize>,
-        /// Whether the template itself refused the conversation: the client's mistake, not the model's.
-        raised: bool,
-    },
-    /// The chat template is over one of its limits.
-    #[error("chat template: {what} is over the limit of {limit}")]
-    TemplateLimit {
-        /// What was bounded, with its unit.
-        what: &'static str,
-        /// The bound.
-        limit: u64,
-    },
-}
-
-/// [`Error::File`] in one line.
-pub(crate) fn file_error(file: &'static str, source: &dyn std::fmt::Display) -> Error {
-    Error::File { file, message: source.to_string() }
+    /// A chat template that is broken.
+    #[error("chat template: {0}")]
+    Template(String),
+    /// A chat template that refused the conversation through `raise_exception`.
+    #[error("the chat template refuses this conversation: {0}")]
+    Refused(String),
+    /// A chat template that does too much or writes too much.
+    #[error("chat template: over its limit of {0}")]
+    Limit(&'static str),
 }

@@ -1,437 +1,314 @@
-//! Text to tokens and back, by a checkpoint's own `tokenizer.json`.
+//! The model's tokenizer: byte-level BPE through the `tokenizers` crate, added tokens through our own matcher.
 //!
-//! The `tokenizers` crate does the pre-tokenisation and the byte pair encoding. Finding the added tokens is
-//! done here, because what counts as one depends on where the text comes from: the chat template may write
-//! control tokens, the people whose words it quotes may not.
+//! Added tokens are control tokens: they begin turns and end answers. Whether their text in an input means them is
+//! the caller's decision, so the BPE is loaded without them and the text is split here.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use aho_corasick::{AhoCorasick, MatchKind};
 use serde::Deserialize;
-use serde::de::IgnoredAny;
+use serde_json::Value;
 
-use crate::error::{Error, file_error};
-use crate::messages::{GUARD, unguard};
+use crate::{Error, messages::unguard};
 
-/// Highest number of token ids that a tokenizer may have.
-pub const TOKEN_IDS_MAX: usize = 1 << 22;
-
-const FILE: &str = "tokenizer.json";
-const CONFIG_FILE: &str = "tokenizer_config.json";
-
-/// What the text of an added token means in the text to encode.
+/// What text that spells a control token means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ControlTokens {
-    /// It is the token: for text that the operator or the client wrote as a raw prompt.
+    /// The control token: for text that a chat template wrote.
     Parse,
-    /// It is plain text, and gives the tokens that its characters give.
+    /// Just that text: for text that a user wrote.
     AsText,
 }
 
-/// A checkpoint's tokenizer: byte-level byte pair encoding with added tokens.
-#[derive(Debug)]
+/// A model's tokenizer.
 pub struct Tokenizer {
-    /// Knows no added tokens.
     bpe: tokenizers::Tokenizer,
-    added: AddedTokens,
-    ids: HashMap<String, u32>,
-    /// By id: the bytes that the token stands for.
-    bytes: Vec<Option<Box<[u8]>>>,
-    bos_id: Option<u32>,
-    eos_id: Option<u32>,
-    add_bos: bool,
+    added: Vec<Added>,
+    by_text: HashMap<String, u32>,
+    matcher: Option<AhoCorasick>,
+    /// Bytes of every token, one after the other; token `i` is at `starts[i]..starts[i + 1]`.
+    bytes: Vec<u8>,
+    starts: Vec<u32>,
+    /// Ids that no token has, and ids of special tokens.
+    kinds: Vec<Kind>,
+    bos: Option<u32>,
+    eos: Option<u32>,
 }
 
-impl Tokenizer {
-    /// Reads a `tokenizer.json` and, for the bos and eos tokens, a `tokenizer_config.json`.
-    ///
-    /// # Errors
-    /// [`Error::File`] if a file does not parse or contradicts itself; [`Error::Unsupported`] for anything
-    /// but byte-level byte pair encoding without a normalizer; [`Error::AddedToken`] for an added token
-    /// that strips its surroundings or that the content guard could not make inert.
-    pub fn from_bytes(tokenizer_json: &[u8], tokenizer_config_json: Option<&[u8]>) -> Result<Self, Error> {
-        let file: File = serde_json::from_slice(tokenizer_json).map_err(|error| file_error(FILE, &error))?;
-        file.check()?;
-        let mut bpe =
-            tokenizers::Tokenizer::from_bytes(tokenizer_json).map_err(|error| file_error(FILE, &error))?;
-        bpe.with_added_vocabulary(tokenizers::AddedVocabulary::new());
-        // Both are options of batch work; the length of a prompt is bounded elsewhere, with an error.
-        bpe.with_truncation(None).map_err(|error| file_error(FILE, &error))?;
-        bpe.with_padding(None);
-
-        let mut ids = bpe.get_vocab(false);
-        let mut bytes = token_bytes(&ids)?;
-        for token in &file.added_tokens {
-            token.check()?;
-            token.place(&mut ids, &mut bytes)?;
-        }
-        let added = AddedTokens::new(&file.added_tokens)?;
-        let config = Config::read(tokenizer_config_json)?;
-        Ok(Self {
-            bos_id: config.id_of(config.bos_token.as_ref(), "bos_token", &ids)?,
-            eos_id: config.id_of(config.eos_token.as_ref(), "eos_token", &ids)?,
-            add_bos: config.add_bos_token.unwrap_or(false),
-            bpe,
-            added,
-            ids,
-            bytes,
-        })
-    }
-
-    /// The tokens of `text`. No bos token is added: see [`add_bos`](Self::add_bos).
-    ///
-    /// # Errors
-    /// [`Error::Encode`]
-    pub fn encode(&self, text: &str, control: ControlTokens) -> Result<Vec<u32>, Error> {
-        let mut tokens = Vec::new();
-        match control {
-            ControlTokens::AsText => self.encode_text(text, &mut tokens)?,
-            ControlTokens::Parse => {
-                for piece in self.added.split(text) {
-                    match piece {
-                        Piece::Token(id) => tokens.push(id),
-                        Piece::Text(text) => self.encode_text(text, &mut tokens)?,
-                    }
-                }
-            }
-        }
-        Ok(tokens)
-    }
-
-    /// The tokens of a prompt that a chat template wrote over guarded messages
-    /// ([`guard_messages`](crate::guard_messages)): the control tokens are those of the template, and the
-    /// guards are gone.
-    ///
-    /// # Errors
-    /// [`Error::Encode`]
-    pub fn encode_rendered(&self, rendered: &str) -> Result<Vec<u32>, Error> {
-        let mut tokens = Vec::new();
-        for piece in self.added.split(rendered) {
-            match piece {
-                Piece::Token(id) => tokens.push(id),
-                Piece::Text(text) => self.encode_text(&unguard(text), &mut tokens)?,
-            }
-        }
-        Ok(tokens)
-    }
-
-    /// The text of `ids`, control tokens included; bytes that are no UTF-8 become U+FFFD.
-    pub fn decode(&self, ids: &[u32]) -> String {
-        let bytes: Vec<u8> = ids.iter().flat_map(|&id| self.bytes(id)).copied().collect();
-        String::from_utf8_lossy(&bytes).into_owned()
-    }
-
-    /// The bytes that a token stands for, which need not be whole characters. `None` for an unknown id.
-    pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
-        self.bytes.get(id as usize)?.as_deref().map(<[u8]>::to_vec)
-    }
-
-    /// The id of a token by its spelling in `tokenizer.json`; of an added token, by its text.
-    pub fn token_id(&self, token: &str) -> Option<u32> {
-        self.ids.get(token).copied()
-    }
-
-    /// The token that begins a text.
-    pub fn bos_id(&self) -> Option<u32> {
-        self.bos_id
-    }
-
-    /// The token that ends a text.
-    pub fn eos_id(&self) -> Option<u32> {
-        self.eos_id
-    }
-
-    /// The text of the bos token, empty where there is none; for [`ChatTemplate`](crate::ChatTemplate).
-    pub fn bos(&self) -> String {
-        self.bos_id.map(|id| self.decode(&[id])).unwrap_or_default()
-    }
-
-    /// The text of the eos token, empty where there is none; for [`ChatTemplate`](crate::ChatTemplate).
-    pub fn eos(&self) -> String {
-        self.eos_id.map(|id| self.decode(&[id])).unwrap_or_default()
-    }
-
-    /// Whether a raw prompt begins with [`bos_id`](Self::bos_id) (`add_bos_token`). A chat template writes
-    /// its own.
-    pub fn add_bos(&self) -> bool {
-        self.add_bos
-    }
-
-    /// One more than the highest id that has a text. A model may score more ids: those mean nothing.
-    pub fn vocab_len(&self) -> usize {
-        self.bytes.len()
-    }
-
-    /// Whether the token is left out of shown text: an added token marked `special`. Other added tokens,
-    /// such as `<think>` or those of tool calls, are structure that a reader of the text needs.
-    pub fn is_control(&self, id: u32) -> bool {
-        self.added.special.contains(&id)
-    }
-
-    /// The bytes of a token; none for an unknown id.
-    pub(crate) fn bytes(&self, id: u32) -> &[u8] {
-        self.bytes.get(id as usize).and_then(Option::as_deref).unwrap_or_default()
-    }
-
-    pub(crate) fn added(&self) -> &AddedTokens {
-        &self.added
-    }
-
-    fn encode_text(&self, text: &str, tokens: &mut Vec<u32>) -> Result<(), Error> {
-        if text.is_empty() {
-            return Ok(());
-        }
-        let encoding =
-            self.bpe.encode_fast(text, false).map_err(|error| Error::Encode(error.to_string()))?;
-        tokens.extend_from_slice(encoding.get_ids());
-        Ok(())
-    }
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Absent,
+    Text,
+    Special,
 }
 
-/// The added tokens of a tokenizer, as patterns.
-#[derive(Debug)]
-pub(crate) struct AddedTokens {
-    pub(crate) contents: Vec<String>,
-    ids: Vec<u32>,
-    special: HashSet<u32>,
-    /// Leftmost, then longest, as the `tokenizers` crate finds them.
-    finder: AhoCorasick,
-}
-
-pub(crate) enum Piece<'text> {
-    Token(u32),
-    Text(&'text str),
-}
-
-impl AddedTokens {
-    fn new(tokens: &[AddedToken]) -> Result<Self, Error> {
-        let contents: Vec<String> = tokens.iter().map(|token| token.content.clone()).collect();
-        let finder = AhoCorasick::builder()
-            .match_kind(MatchKind::LeftmostLongest)
-            .build(&contents)
-            .map_err(|error| file_error(FILE, &error))?;
-        let special = tokens.iter().filter(|token| token.special).map(|token| token.id).collect();
-        Ok(Self { contents, ids: tokens.iter().map(|token| token.id).collect(), special, finder })
-    }
-
-    /// Cuts `text` at the added tokens in it.
-    fn split<'text>(&self, text: &'text str) -> Vec<Piece<'text>> {
-        let mut pieces = Vec::new();
-        let mut start = 0;
-        for found in self.finder.find_iter(text) {
-            if start < found.start() {
-                pieces.push(Piece::Text(&text[start..found.start()]));
-            }
-            pieces.push(Piece::Token(self.ids[found.pattern().as_usize()]));
-            start = found.end();
-        }
-        if start < text.len() {
-            pieces.push(Piece::Text(&text[start..]));
-        }
-        pieces
-    }
-}
-
-/// The bytes of every entry of a byte-level vocabulary, by id.
-fn token_bytes(vocabulary: &HashMap<String, u32>) -> Result<Vec<Option<Box<[u8]>>>, Error> {
-    let alphabet = byte_alphabet();
-    let mut bytes = Vec::new();
-    for (token, &id) in vocabulary {
-        // A token outside the alphabet stands for its own characters, as in the crate's decoder.
-        let decoded: Option<Vec<u8>> = token.chars().map(|char| alphabet.get(&char).copied()).collect();
-        place(&mut bytes, id, decoded.unwrap_or_else(|| token.as_bytes().to_vec()))?;
-    }
-    Ok(bytes)
-}
-
-fn place(bytes: &mut Vec<Option<Box<[u8]>>>, id: u32, token: Vec<u8>) -> Result<(), Error> {
-    let index = id as usize;
-    if index >= TOKEN_IDS_MAX {
-        return Err(file_error(FILE, &format_args!("token id {id} is over the limit of {TOKEN_IDS_MAX}")));
-    }
-    if bytes.len() <= index {
-        bytes.resize(index + 1, None);
-    }
-    bytes[index] = Some(token.into_boxed_slice());
-    Ok(())
-}
-
-/// GPT-2's alphabet: the printable bytes of Latin-1 are themselves, the other 68 are U+0100 and up in order.
-fn byte_alphabet() -> HashMap<char, u8> {
-    let mut others = 0x100..;
-    (0..=u8::MAX)
-        .filter_map(|byte| {
-            let own = matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-            let code = if own { Some(u32::from(byte)) } else { others.next() };
-            Some((char::from_u32(code?)?, byte))
-        })
-        .collect()
-}
-
-/// What is read of `tokenizer.json` here; the `tokenizers` crate reads the rest.
-#[derive(Deserialize)]
-struct File {
-    #[serde(default)]
-    added_tokens: Vec<AddedToken>,
-    normalizer: Option<Part>,
-    pre_tokenizer: Option<Part>,
-    decoder: Option<Part>,
-    model: Model,
-}
-
-#[derive(Deserialize)]
-struct Part {
-    #[serde(rename = "type")]
-    kind: String,
-    normalizers: Option<Vec<IgnoredAny>>,
-    pretokenizers: Option<Vec<Part>>,
-}
-
-#[derive(Deserialize)]
-struct Model {
-    #[serde(rename = "type")]
-    kind: Option<String>,
-    dropout: Option<f64>,
-    #[serde(default)]
-    byte_fallback: bool,
-    continuing_subword_prefix: Option<String>,
-    end_of_word_suffix: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct AddedToken {
+/// An entry of `added_tokens`.
+#[allow(clippy::struct_excessive_bools, reason = "the file's format")]
+#[derive(Debug, Clone, Deserialize)]
+struct Added {
     id: u32,
     content: String,
     #[serde(default)]
-    single_word: bool,
+    special: bool,
     #[serde(default)]
     lstrip: bool,
     #[serde(default)]
     rstrip: bool,
     #[serde(default)]
-    special: bool,
+    single_word: bool,
 }
 
-impl File {
-    fn check(&self) -> Result<(), Error> {
-        let unsupported = |field, value: String| Err(Error::Unsupported { file: FILE, field, value });
-        // Old files leave the model's type out; the crate then tells it from the other fields.
-        if let Some(kind) = self.model.kind.as_ref().filter(|kind| *kind != "BPE") {
-            return unsupported("model.type", kind.clone());
-        }
-        if let Some(dropout) = self.model.dropout.filter(|dropout| *dropout != 0.0) {
-            return unsupported("model.dropout", dropout.to_string());
-        }
-        if self.model.byte_fallback {
-            return unsupported("model.byte_fallback", "true".into());
-        }
-        for (field, affix) in [
-            ("model.continuing_subword_prefix", &self.model.continuing_subword_prefix),
-            ("model.end_of_word_suffix", &self.model.end_of_word_suffix),
-        ] {
-            if let Some(affix) = affix.as_ref().filter(|affix| !affix.is_empty()) {
-                return unsupported(field, affix.clone());
-            }
-        }
-        if let Some(normalizer) = self.normalizer.as_ref().filter(|part| !part.is_empty_sequence()) {
-            return unsupported("normalizer", normalizer.kind.clone());
-        }
-        if !self.pre_tokenizer.as_ref().is_some_and(Part::ends_byte_level) {
-            let kind = self.pre_tokenizer.as_ref().map_or("null", |part| &part.kind);
-            return unsupported("pre_tokenizer", format!("{kind} that does not end in ByteLevel"));
-        }
-        match &self.decoder {
-            Some(decoder) if decoder.kind == "ByteLevel" => Ok(()),
-            decoder => unsupported("decoder", decoder.as_ref().map_or("null", |part| &part.kind).into()),
-        }
-    }
-}
+/// Largest token id that is accepted: far above every vocabulary.
+const ID_MAX: u32 = 1 << 22;
 
-impl Part {
-    fn is_empty_sequence(&self) -> bool {
-        self.kind == "Sequence" && self.normalizers.as_ref().is_none_or(Vec::is_empty)
-    }
-
-    fn ends_byte_level(&self) -> bool {
-        match &self.pretokenizers {
-            Some(parts) => parts.last().is_some_and(Part::ends_byte_level),
-            None => self.kind == "ByteLevel",
-        }
-    }
-}
-
-impl AddedToken {
-    fn check(&self) -> Result<(), Error> {
-        let problem = if self.lstrip || self.rstrip || self.single_word {
-            "lstrip, rstrip and single_word are unsupported"
-        } else if self.content.chars().nth(1).is_none() {
-            "a token of less than two characters cannot be told from message content"
-        } else if self.content.contains(GUARD) {
-            "it contains the noncharacter U+FDD0, which guards message content"
+impl Tokenizer {
+    /// Reads `tokenizer.json`, and from `tokenizer_config.json` which tokens begin and end a text.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`], naming what is broken or unsupported.
+    pub fn from_bytes(tokenizer_json: &[u8], tokenizer_config: Option<&[u8]>) -> Result<Self, Error> {
+        let bad = |why: String| Error::Tokenizer(why);
+        let mut json: Value = serde_json::from_slice(tokenizer_json).map_err(|e| bad(e.to_string()))?;
+        check_kind(&json)?;
+        let added = take_added_tokens(&mut json)?;
+        // The crate prints a warning for each added token; without them there is nothing to warn of.
+        let bpe: tokenizers::Tokenizer = serde_json::from_value(json).map_err(|e| bad(e.to_string()))?;
+        let by_text: HashMap<String, u32> = added.iter().map(|a| (a.content.clone(), a.id)).collect();
+        let matcher = if added.is_empty() {
+            None
         } else {
-            return Ok(());
+            Some(
+                AhoCorasick::builder()
+                    .match_kind(MatchKind::LeftmostLongest)
+                    .build(added.iter().map(|a| &a.content))
+                    .map_err(|e| bad(e.to_string()))?,
+            )
         };
-        Err(Error::AddedToken { content: self.content.clone(), problem })
-    }
-
-    /// Adds the token to the tables; its id must be free or its own.
-    fn place(
-        &self,
-        ids: &mut HashMap<String, u32>,
-        bytes: &mut Vec<Option<Box<[u8]>>>,
-    ) -> Result<(), Error> {
-        let conflict = |problem| Err(Error::AddedToken { content: self.content.clone(), problem });
-        match ids.insert(self.content.clone(), self.id) {
-            Some(id) if id != self.id => return conflict("it has two ids"),
-            None if bytes.get(self.id as usize).is_some_and(Option::is_some) => {
-                return conflict("its id belongs to another token");
-            }
-            _ => {}
+        let mut tokenizer = Self {
+            bpe,
+            added,
+            by_text,
+            matcher,
+            bytes: Vec::new(),
+            starts: vec![0],
+            kinds: Vec::new(),
+            bos: None,
+            eos: None,
+        };
+        tokenizer.spell_tokens()?;
+        if let Some(config) = tokenizer_config {
+            let config: Value =
+                serde_json::from_slice(config).map_err(|e| bad(format!("tokenizer_config.json: {e}")))?;
+            tokenizer.bos = tokenizer.named(&config["bos_token"]);
+            tokenizer.eos = tokenizer.named(&config["eos_token"]);
         }
-        place(bytes, self.id, self.content.as_bytes().to_vec())
-    }
-}
-
-/// What is read of `tokenizer_config.json` here.
-#[derive(Deserialize, Default)]
-struct Config {
-    bos_token: Option<TokenName>,
-    eos_token: Option<TokenName>,
-    add_bos_token: Option<bool>,
-}
-
-/// A token is written as its text or as an object around it.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum TokenName {
-    Text(String),
-    Object { content: String },
-}
-
-impl Config {
-    fn read(json: Option<&[u8]>) -> Result<Self, Error> {
-        json.map_or_else(
-            || Ok(Self::default()),
-            |json| serde_json::from_slice(json).map_err(|error| file_error(CONFIG_FILE, &error)),
-        )
+        Ok(tokenizer)
     }
 
-    fn id_of(
+    /// Tokens of `text`; no token is added at its ends.
+    ///
+    /// # Errors
+    /// [`Error::Encode`]
+    pub fn encode(&self, text: &str, control: ControlTokens) -> Result<Vec<u32>, Error> {
+        let mut ids = Vec::new();
+        match control {
+            ControlTokens::AsText => self.encode_text(text, &mut ids)?,
+            ControlTokens::Parse => self.encode_pieces(text, &mut ids, std::string::ToString::to_string)?,
+        }
+        Ok(ids)
+    }
+
+    /// Tokens of a rendered chat template: its control tokens count, guarded text from messages is text.
+    ///
+    /// # Errors
+    /// [`Error::Encode`]
+    pub fn encode_rendered(&self, rendered: &str) -> Result<Vec<u32>, Error> {
+        let mut ids = Vec::new();
+        self.encode_pieces(rendered, &mut ids, unguard)?;
+        Ok(ids)
+    }
+
+    /// The text of `ids`; bytes that are no UTF-8 become U+FFFD.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        let bytes: Vec<u8> = ids.iter().flat_map(|&id| self.token_bytes(id)).copied().collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The bytes of a token; empty for an id that no token has.
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        match self.starts.get(id as usize..id as usize + 2) {
+            Some(range) => &self.bytes[range[0] as usize..range[1] as usize],
+            None => &[],
+        }
+    }
+
+    /// The id of an added token by its text.
+    pub fn token_id(&self, text: &str) -> Option<u32> {
+        self.by_text.get(text).copied()
+    }
+
+    /// Whether the tokenizer marks a token as special: begin and end of text, padding. Think and tool tokens are not.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.kinds.get(id as usize) == Some(&Kind::Special)
+    }
+
+    /// The token that begins a text.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// The token that ends a text.
+    pub fn eos_id(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// One more than the highest id; models may have more logits than that.
+    pub fn vocab_len(&self) -> usize {
+        self.kinds.len()
+    }
+
+    /// Texts of all added tokens.
+    pub fn added_tokens(&self) -> impl Iterator<Item = &str> {
+        self.added.iter().map(|a| a.content.as_str())
+    }
+
+    pub(crate) fn matcher(&self) -> Option<&AhoCorasick> {
+        self.matcher.as_ref()
+    }
+
+    /// Splits at added tokens and encodes what is between them after `restore`.
+    fn encode_pieces(
         &self,
-        token: Option<&TokenName>,
-        field: &'static str,
-        ids: &HashMap<String, u32>,
-    ) -> Result<Option<u32>, Error> {
-        let Some(TokenName::Text(name) | TokenName::Object { content: name }) = token else {
-            return Ok(None);
+        text: &str,
+        ids: &mut Vec<u32>,
+        restore: impl Fn(&str) -> String,
+    ) -> Result<(), Error> {
+        let mut end = 0;
+        for m in self.matcher.iter().flat_map(|matcher| matcher.find_iter(text)) {
+            self.encode_text(&restore(&text[end..m.start()]), ids)?;
+            ids.push(self.added[m.pattern().as_usize()].id);
+            end = m.end();
+        }
+        self.encode_text(&restore(&text[end..]), ids)
+    }
+
+    fn encode_text(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), Error> {
+        if text.is_empty() {
+            return Ok(());
+        }
+        // The crate's message is about its regex, never about the text.
+        let encoding = self.bpe.encode_fast(text, false).map_err(|e| Error::Encode(e.to_string()))?;
+        ids.extend_from_slice(encoding.get_ids());
+        Ok(())
+    }
+
+    /// Fills the table of token bytes.
+    fn spell_tokens(&mut self) -> Result<(), Error> {
+        let vocabulary = self.bpe.get_vocab(false);
+        let highest = vocabulary.values().copied().chain(self.added.iter().map(|a| a.id)).max().unwrap_or(0);
+        if highest > ID_MAX {
+            return Err(Error::Tokenizer(format!("token id {highest}, at most {ID_MAX} allowed")));
+        }
+        let mut spelled: Vec<Option<(Vec<u8>, Kind)>> = vec![None; highest as usize + 1];
+        let alphabet = byte_alphabet();
+        for (text, id) in vocabulary {
+            let bytes: Option<Vec<u8>> = text.chars().map(|c| alphabet.get(&c).copied()).collect();
+            // Entries that are not in the byte alphabet are added tokens that the vocabulary lists too.
+            spelled[id as usize] = Some((bytes.unwrap_or_else(|| text.into_bytes()), Kind::Text));
+        }
+        for a in &self.added {
+            let kind = if a.special { Kind::Special } else { Kind::Text };
+            spelled[a.id as usize] = Some((a.content.clone().into_bytes(), kind));
+        }
+        for token in spelled {
+            let (bytes, kind) = token.unwrap_or((Vec::new(), Kind::Absent));
+            self.bytes.extend_from_slice(&bytes);
+            self.starts.push(self.bytes.len() as u32);
+            self.kinds.push(kind);
+        }
+        Ok(())
+    }
+
+    /// A token named in `tokenizer_config.json`, as text or as an object with `content`.
+    fn named(&self, value: &Value) -> Option<u32> {
+        self.token_id(value.as_str().or(value["content"].as_str())?)
+    }
+}
+
+/// Byte-level BPE is what the family uses; anything else would be decoded wrongly.
+fn check_kind(json: &Value) -> Result<(), Error> {
+    let found = |part: &str| json[part]["type"].as_str().unwrap_or("none").to_string();
+    for (part, supported) in [("model", "BPE"), ("decoder", "ByteLevel")] {
+        if found(part) != supported {
+            return Err(Error::Tokenizer(format!("{part} is {}, supported is {supported}", found(part))));
+        }
+    }
+    Ok(())
+}
+
+fn take_added_tokens(json: &mut Value) -> Result<Vec<Added>, Error> {
+    let bad = |why: String| Error::Tokenizer(format!("added_tokens: {why}"));
+    let list = json["added_tokens"].take();
+    json["added_tokens"] = Value::Array(Vec::new());
+    let added: Vec<Added> = match list {
+        Value::Null => Vec::new(),
+        list => serde_json::from_value(list).map_err(|e| bad(e.to_string()))?,
+    };
+    for a in &added {
+        if a.lstrip || a.rstrip || a.single_word {
+            return Err(bad(format!("{:?}: lstrip, rstrip and single_word are not supported", a.content)));
+        }
+        if a.content.is_empty() || a.id > ID_MAX {
+            return Err(bad(format!("token {} is empty or past id {ID_MAX}", a.id)));
+        }
+    }
+    Ok(added)
+}
+
+/// GPT-2's alphabet of bytes: printable ones are themselves, the others follow from U+0100 on in order.
+fn byte_alphabet() -> HashMap<char, u8> {
+    let printable = |b: u8| matches!(b, 33..=126 | 161..=172 | 174..=255);
+    let mut next = 0x100;
+    let mut alphabet = HashMap::new();
+    for b in 0..=255u8 {
+        let c = if printable(b) {
+            char::from(b)
+        } else {
+            next += 1;
+            char::from_u32(next - 1).unwrap_or(char::REPLACEMENT_CHARACTER)
         };
-        match ids.get(name) {
-            Some(&id) => Ok(Some(id)),
-            None => Err(Error::Unsupported {
-                file: CONFIG_FILE,
-                field,
-                value: format!("{name:?} is not a token of {FILE}"),
-            }),
+        alphabet.insert(c, b);
+    }
+    alphabet
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_byte_alphabet_has_every_byte_once() {
+        let alphabet = byte_alphabet();
+        assert_eq!(alphabet.len(), 256);
+        assert_eq!(alphabet[&'Ġ'], b' ');
+        assert_eq!(alphabet[&'Ċ'], b'\n');
+        assert_eq!(alphabet[&'A'], b'A');
+    }
+
+    #[test]
+    fn unsupported_tokenizers_are_named() {
+        for (json, want) in [
+            ("{", "EOF"),
+            (r#"{"model":{"type":"Unigram"}}"#, "model is Unigram, supported is BPE"),
+            (r#"{"model":{"type":"BPE"}}"#, "decoder is none, supported is ByteLevel"),
+            (
+                r#"{"model":{"type":"BPE"},"decoder":{"type":"ByteLevel"},"added_tokens":[{"id":1,"content":"x","lstrip":true}]}"#,
+                "lstrip",
+            ),
+            (r#"{"model":{"type":"BPE"},"decoder":{"type":"ByteLevel"},"added_tokens":7}"#, "added_tokens"),
+        ] {
+            let Err(e) = Tokenizer::from_bytes(json.as_bytes(), None) else { panic!("accepted {json}") };
+            assert!(e.to_string().contains(want), "{e}");
         }
     }
 }

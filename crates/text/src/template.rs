@@ -1,0 +1,258 @@
+//! Chat templates: Jinja as Hugging Face models ship it, in bounded time and size.
+
+use std::{
+    fmt,
+    io::{self, Write},
+};
+
+use minijinja::{
+    Environment, ErrorKind, UndefinedBehavior, Value,
+    syntax::SyntaxConfig,
+    value::{Kwargs, Rest, Serde},
+};
+use serde::Serialize;
+use serde_json::{Map, ser::Formatter};
+
+use crate::Error;
+
+/// Largest template that is compiled.
+pub const SOURCE_BYTES_MAX: usize = 1 << 20;
+/// Largest prompt text that a template may write.
+pub const OUTPUT_BYTES_MAX: usize = 64 << 20;
+/// Instructions that one rendering may take.
+const FUEL_MAX: u64 = 20_000_000;
+const RECURSION_MAX: usize = 100;
+/// Longest `range()`.
+const RANGE_MAX: i128 = 100_000;
+/// Marks errors of `raise_exception` among those of the engine.
+const RAISED: &str = "raised: ";
+
+/// A compiled chat template.
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+}
+
+impl fmt::Debug for ChatTemplate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ChatTemplate")
+    }
+}
+
+impl ChatTemplate {
+    /// Compiles a template.
+    ///
+    /// # Errors
+    /// [`Error::Template`] with the line of a syntax error, [`Error::Limit`] when it is too long.
+    pub fn new(source: &str) -> Result<Self, Error> {
+        if source.len() > SOURCE_BYTES_MAX {
+            return Err(Error::Limit("source bytes"));
+        }
+        let mut environment = environment()?;
+        environment
+            .add_template_owned("chat", source.to_string())
+            .map_err(|e| Error::Template(e.to_string()))?;
+        Ok(Self { environment })
+    }
+
+    /// The template of a checkpoint: `chat_template.jinja`, or `chat_template` in `tokenizer_config.json` (of several
+    /// named ones the one called `default`).
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::new`].
+    pub fn from_files(tokenizer_config: Option<&[u8]>, jinja: Option<&[u8]>) -> Result<Option<Self>, Error> {
+        if let Some(source) = jinja {
+            let source = std::str::from_utf8(source).map_err(|e| Error::Template(e.to_string()))?;
+            return Self::new(source).map(Some);
+        }
+        let Some(config) = tokenizer_config else { return Ok(None) };
+        let config: serde_json::Value = serde_json::from_slice(config)
+            .map_err(|e| Error::Template(format!("tokenizer_config.json: {e}")))?;
+        match &config["chat_template"] {
+            serde_json::Value::Null => Ok(None),
+            serde_json::Value::String(source) => Self::new(source).map(Some),
+            serde_json::Value::Array(list) => {
+                let default =
+                    list.iter().find(|t| t["name"] == "default").and_then(|t| t["template"].as_str());
+                let none = || Error::Template("chat_template lists no template called default".into());
+                Self::new(default.ok_or_else(none)?).map(Some)
+            }
+            _ => Err(Error::Template("chat_template is neither text nor a list".into())),
+        }
+    }
+
+    /// The prompt text of a conversation. `extra` are the template's own variables (`thinking`, ...); they cannot
+    /// replace the ones that are given here.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when the template raises, [`Error::Limit`] when it does too much, else [`Error::Template`].
+    pub fn render(
+        &self,
+        messages: &[serde_json::Value],
+        tools: Option<&serde_json::Value>,
+        add_generation_prompt: bool,
+        bos: &str,
+        eos: &str,
+        extra: &Map<String, serde_json::Value>,
+    ) -> Result<String, Error> {
+        let mut context = extra.clone();
+        context.insert("messages".into(), messages.to_vec().into());
+        context.insert("tools".into(), tools.cloned().unwrap_or_default());
+        context.insert("add_generation_prompt".into(), add_generation_prompt.into());
+        context.insert("bos_token".into(), bos.into());
+        context.insert("eos_token".into(), eos.into());
+        let template = self.environment.get_template("chat").map_err(|e| Error::Template(e.to_string()))?;
+        let mut out = Bounded(Vec::new());
+        match template.render_captured_to(Value::from(Serde(&context)), &mut out) {
+            Ok(_) => String::from_utf8(out.0).map_err(|e| Error::Template(e.to_string())),
+            Err(e) => Err(render_error(&e)),
+        }
+    }
+}
+
+fn environment() -> Result<Environment<'static>, Error> {
+    let mut e = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    e.set_syntax(syntax.map_err(|e| Error::Template(e.to_string()))?);
+    e.set_undefined_behavior(UndefinedBehavior::Lenient);
+    e.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    e.set_fuel(Some(FUEL_MAX));
+    e.set_recursion_limit(RECURSION_MAX);
+    e.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    // In messages an absent field and null are the same thing.
+    e.add_test("none", |v: &Value| v.is_none() || v.is_undefined());
+    e.add_filter("tojson", to_json);
+    e.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
+    });
+    e.add_function("strftime_now", strftime_now);
+    e.add_function("range", range);
+    Ok(e)
+}
+
+fn render_error(e: &minijinja::Error) -> Error {
+    if e.kind() == ErrorKind::OutOfFuel {
+        return Error::Limit("instructions");
+    }
+    if let Some(message) = e.detail().and_then(|d| d.strip_prefix(RAISED)) {
+        return Error::Refused(message.to_string());
+    }
+    if e.kind() == ErrorKind::WriteFailure {
+        return Error::Limit("output bytes");
+    }
+    // Only the kind and the line: the detail may quote a message's content.
+    let line = e.line().map_or(String::new(), |l| format!(" (line {l})"));
+    Error::Template(format!("{}{line}", e.kind()))
+}
+
+/// Output that refuses to grow past its limit.
+struct Bounded(Vec<u8>);
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > OUTPUT_BYTES_MAX {
+            return Err(io::Error::other("output too long"));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Python's `range`, with a bound on its length.
+#[allow(clippy::needless_pass_by_value, reason = "the engine's signature")]
+fn range(arguments: Rest<i64>) -> Result<Vec<i64>, minijinja::Error> {
+    let refuse = |why: &'static str| Err(minijinja::Error::new(ErrorKind::InvalidOperation, why));
+    let (from, to, step) = match arguments[..] {
+        [to] => (0, to, 1),
+        [from, to] => (from, to, 1),
+        [from, to, step] if step != 0 => (from, to, step),
+        _ => return refuse("range takes one to three whole numbers, the third not 0"),
+    };
+    if (i128::from(to) - i128::from(from)) / i128::from(step) > RANGE_MAX {
+        return refuse("range is too long");
+    }
+    let mut values = Vec::new();
+    let mut at = from;
+    while (step > 0 && at < to) || (step < 0 && at > to) {
+        values.push(at);
+        match at.checked_add(step) {
+            Some(next) => at = next,
+            None => break,
+        }
+    }
+    Ok(values)
+}
+
+/// Hugging Face's `tojson`: `json.dumps(x, ensure_ascii=False)`, with an optional indent.
+#[allow(clippy::needless_pass_by_value, reason = "the engine's signature")]
+fn to_json(value: &Value, options: Kwargs) -> Result<Value, minijinja::Error> {
+    let failed = |e: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());
+    let indent: Option<usize> = options.get("indent")?;
+    // Templates pass these two at their Hugging Face defaults.
+    let (_ascii, _separators): (Option<bool>, Option<Value>) =
+        (options.get("ensure_ascii")?, options.get("separators")?);
+    options.assert_all_used()?;
+    let json = serde_json::to_value(value).map_err(failed)?;
+    let mut out = Vec::new();
+    match indent {
+        Some(n) => {
+            let indent = " ".repeat(n.min(16));
+            let pretty = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
+            json.serialize(&mut serde_json::Serializer::with_formatter(&mut out, pretty)).map_err(failed)?;
+        }
+        None => {
+            json.serialize(&mut serde_json::Serializer::with_formatter(&mut out, Spaced)).map_err(failed)?;
+        }
+    }
+    Ok(Value::from(String::from_utf8_lossy(&out).into_owned()))
+}
+
+/// Python's separators: `", "` and `": "`.
+struct Spaced;
+
+impl Formatter for Spaced {
+    fn begin_array_value<W: ?Sized + Write>(&mut self, w: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { w.write_all(b", ") }
+    }
+    fn begin_object_key<W: ?Sized + Write>(&mut self, w: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { w.write_all(b", ") }
+    }
+    fn begin_object_value<W: ?Sized + Write>(&mut self, w: &mut W) -> io::Result<()> {
+        w.write_all(b": ")
+    }
+}
+
+/// The date in UTC by a `strftime` pattern; the directives that templates use.
+fn strftime_now(pattern: &str) -> Result<String, minijinja::Error> {
+    let now = time::OffsetDateTime::now_utc();
+    let mut out = String::new();
+    let mut chars = pattern.chars();
+    while let Some(c) = chars.next() {
+        if c != '%' {
+            out.push(c);
+            continue;
+        }
+        let part = match chars.next() {
+            Some('Y') => now.year().to_string(),
+            Some('m') => format!("{:02}", u8::from(now.month())),
+            Some('d') => format!("{:02}", now.day()),
+            Some('H') => format!("{:02}", now.hour()),
+            Some('M') => format!("{:02}", now.minute()),
+            Some('S') => format!("{:02}", now.second()),
+            Some('B') => now.month().to_string(),
+            Some('b') => now.month().to_string()[..3].to_string(),
+            Some('A') => now.weekday().to_string(),
+            Some('a') => now.weekday().to_string()[..3].to_string(),
+            Some('%') => "%".into(),
+            other => {
+                let why = format!("strftime_now: directive %{} is not supported", other.unwrap_or(' '));
+                return Err(minijinja::Error::new(ErrorKind::InvalidOperation, why));
+            }
+        };
+        out.push_str(&part);
+    }
+    Ok(out)
+}
