@@ -2,7 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs::{self, File},
+    io::Read as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -12,20 +13,18 @@ use oxseek_tensor::{
     dtype::{FP8_BLOCK, bf16_to_f32, f16_to_f32, ue8m0_to_f32},
 };
 
-use crate::{Error, ModelConfig, SafeTensors, TensorView, mmap};
+use crate::{Error, ModelConfig, SafeTensors, TensorView, json, mmap};
 
 const INDEX: &str = "model.safetensors.index.json";
+const CONFIG: &str = "config.json";
 const SINGLE: &str = "model.safetensors";
 /// Text files that are kept for others to read.
-const TEXT_FILES: [&str; 5] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-];
+const TEXT_FILES: [&str; 5] =
+    [CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
 /// Largest of those.
 const TEXT_FILE_BYTES_MAX: u64 = 256 << 20;
+/// Largest index: four times that of the largest model there is.
+const INDEX_BYTES_MAX: u64 = 64 << 20;
 
 /// A model on disk or in memory.
 #[derive(Debug)]
@@ -70,6 +69,10 @@ impl Checkpoint {
                 text.insert(name.to_string(), read_text(&path)?);
             }
         }
+        if !text.contains_key(CONFIG) {
+            let why = format!("no {CONFIG}: is this the folder of a Hugging Face checkpoint?");
+            return Err(Error::Folder { path: folder.into(), why });
+        }
         let mut shards = Vec::new();
         for name in weight_files(folder, text.get(INDEX))? {
             let path = folder.join(&name);
@@ -87,15 +90,33 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::open`].
     pub fn from_files(files: Vec<(String, ByteRegion)>) -> Result<Self, Error> {
-        let (shards, text): (Vec<_>, Vec<_>) = files.into_iter().partition(|(n, _)| is_safetensors(n));
-        Self::assemble(text.into_iter().collect(), shards)
+        let mut text = BTreeMap::new();
+        let mut shards: Vec<(String, ByteRegion)> = Vec::new();
+        for (file, region) in files {
+            let twice = if is_safetensors(&file) {
+                let twice = shards.iter().any(|(other, _)| *other == file);
+                shards.push((file.clone(), region));
+                twice
+            } else {
+                text.insert(file.clone(), region).is_some()
+            };
+            if twice {
+                return Err(Error::File { file, why: "given twice".into() });
+            }
+        }
+        if shards.is_empty() {
+            return Err(Error::File {
+                file: SINGLE.into(),
+                why: "missing, and no other .safetensors".into(),
+            });
+        }
+        Self::assemble(text, shards)
     }
 
     fn assemble(text: BTreeMap<String, ByteRegion>, files: Vec<(String, ByteRegion)>) -> Result<Self, Error> {
         let bytes = |name: &str| text.get(name).map(ByteRegion::bytes);
-        let missing = || Error::File { file: "config.json".into(), why: "missing".into() };
-        let config =
-            ModelConfig::parse(bytes("config.json").ok_or_else(missing)?, bytes("generation_config.json"))?;
+        let missing = || Error::File { file: CONFIG.into(), why: "missing".into() };
+        let config = ModelConfig::parse(bytes(CONFIG).ok_or_else(missing)?, bytes("generation_config.json"))?;
         let mut shards: Vec<SafeTensors> = Vec::new();
         let mut shard_of = BTreeMap::new();
         for (name, region) in files {
@@ -122,7 +143,10 @@ impl Checkpoint {
             if found != Some(file.as_str()) {
                 let why = match found {
                     Some(other) => format!("{INDEX} says it is here, found it in {other}"),
-                    None => format!("{INDEX} says it is here, but it is not"),
+                    None if self.shards.iter().any(|s| s.file() == file) => {
+                        format!("{INDEX} says it is here, but it is not")
+                    }
+                    None => format!("{INDEX} says it is here, but the file is missing"),
                 };
                 return Err(Error::Tensor { file, tensor, why });
             }
@@ -159,7 +183,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Tensor`] when it is missing, has another shape, a type that is no matrix format, or bad scales.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<HostMatrix, Error> {
-        let (shard, t) = self.find(name)?;
+        let (shard, t) = self.find(name, &[rows, cols])?;
         let bad = |why: String| tensor_error(shard, name, why);
         if t.shape != [rows, cols] {
             return Err(bad(format!("expected shape [{rows}, {cols}], found {:?}", t.shape)));
@@ -184,7 +208,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Tensor`] when it is missing, has another length or type, or a value that is not finite.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, Error> {
-        let (shard, t) = self.find(name)?;
+        let (shard, t) = self.find(name, &[len])?;
         let bad = |why: String| tensor_error(shard, name, why);
         if t.shape != [len] {
             return Err(bad(format!("expected shape [{len}], found {:?}", t.shape)));
@@ -200,9 +224,9 @@ impl Checkpoint {
     /// `NAME_scale_inv`: a multiplier per 128x128 block, whatever type it is stored in.
     fn block_scales(&self, weight: &str, rows: usize, cols: usize) -> Result<Arc<[f32]>, Error> {
         let name = format!("{weight}_scale_inv");
-        let (shard, t) = self.find(&name)?;
-        let bad = |why: String| tensor_error(shard, &name, why);
         let grid = [rows.div_ceil(FP8_BLOCK), cols.div_ceil(FP8_BLOCK)];
+        let (shard, t) = self.find(&name, &grid)?;
+        let bad = |why: String| tensor_error(shard, &name, why);
         if t.shape != grid {
             return Err(bad(format!("expected shape {grid:?}, found {:?}", t.shape)));
         }
@@ -217,11 +241,14 @@ impl Checkpoint {
         }
     }
 
-    fn find(&self, name: &str) -> Result<(&SafeTensors, TensorView<'_>), Error> {
-        let missing = || Error::Tensor {
-            file: if self.shards.len() == 1 { self.shards[0].file().into() } else { "checkpoint".into() },
-            tensor: name.into(),
-            why: "is missing".into(),
+    fn find(&self, name: &str, expected: &[usize]) -> Result<(&SafeTensors, TensorView<'_>), Error> {
+        let missing = || {
+            let file = match self.shards.as_slice() {
+                [only] => only.file().to_string(),
+                all => format!("{} files of weights", all.len()),
+            };
+            let why = format!("is missing, expected shape {expected:?}");
+            Error::Tensor { file, tensor: name.into(), why }
         };
         let shard = &self.shards[*self.shard_of.get(name).ok_or_else(missing)?];
         Ok((shard, shard.get(name).ok_or_else(missing)?))
@@ -254,10 +281,13 @@ fn read_text(path: &Path) -> Result<ByteRegion, Error> {
     if !meta.is_file() {
         return bad("not a regular file".into());
     }
-    if meta.len() > TEXT_FILE_BYTES_MAX {
-        return bad(format!("{} bytes, at most {TEXT_FILE_BYTES_MAX} allowed", meta.len()));
+    let mut bytes = Vec::new();
+    // Not the size that the system reports: a file may grow, and those of /proc report none.
+    File::open(path).map_err(io)?.take(TEXT_FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(io)?;
+    if bytes.len() as u64 > TEXT_FILE_BYTES_MAX {
+        return bad(format!("more than the {TEXT_FILE_BYTES_MAX} bytes allowed"));
     }
-    Ok(ByteRegion::from_vec(fs::read(path).map_err(io)?))
+    Ok(ByteRegion::from_vec(bytes))
 }
 
 /// The names of a folder's weight files, in order.
@@ -307,9 +337,17 @@ fn no_weights(folder: &Path, names: &[String]) -> Error {
 fn weight_map(index: &[u8]) -> Result<BTreeMap<String, String>, Error> {
     #[derive(serde::Deserialize)]
     struct Index {
+        #[serde(deserialize_with = "json::unique_map")]
         weight_map: BTreeMap<String, String>,
     }
     let bad = |why: String| Error::File { file: INDEX.into(), why };
+    if index.len() as u64 > INDEX_BYTES_MAX {
+        return Err(bad(format!("{} bytes, at most {INDEX_BYTES_MAX} allowed", index.len())));
+    }
+    // Derived code would take a list of the fields as well.
+    if !index.trim_ascii_start().starts_with(b"{") {
+        return Err(bad("expected a JSON object with a weight_map of tensor to file".into()));
+    }
     let index: Index = serde_json::from_slice(index)
         .map_err(|e| bad(format!("expected a weight_map of tensor to file: {e}")))?;
     if index.weight_map.is_empty() {

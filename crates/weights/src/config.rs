@@ -3,7 +3,7 @@
 use oxseek_tensor::backend::Scoring;
 use serde_json::{Map, Value};
 
-use crate::Error;
+use crate::{Error, json};
 
 const CONFIG: &str = "config.json";
 const GENERATION: &str = "generation_config.json";
@@ -12,6 +12,8 @@ const GENERATION: &str = "generation_config.json";
 const SIZE_MAX: u64 = 1 << 24;
 const LAYERS_MAX: u64 = 1024;
 const EXPERTS_MAX: u64 = 4096;
+/// Largest of the two files. Real ones are a few kilobytes; a parsed one takes up to twenty times its bytes.
+const CONFIG_BYTES_MAX: usize = 4 << 20;
 const POSITIONS_MAX: u64 = 1 << 28;
 /// Largest latent row, scratch row or weight matrix side made of two of the above.
 const PRODUCT_MAX: usize = 1 << 26;
@@ -91,7 +93,7 @@ impl ModelConfig {
     pub fn parse(config: &[u8], generation: Option<&[u8]>) -> Result<Self, Error> {
         let object = object(CONFIG, config)?;
         let c = Fields { file: CONFIG, path: "", map: &object };
-        let model_type = c.text("model_type")?.unwrap_or("(missing)").to_string();
+        let model_type = c.text("model_type")?.unwrap_or("none").to_string();
         if !["deepseek_v2", "deepseek_v3", "kimi_k2"].contains(&model_type.as_str()) {
             let found = format!("found {model_type}, supported are deepseek_v2, deepseek_v3 and kimi_k2");
             return Err(c.error("model_type", found));
@@ -101,7 +103,7 @@ impl ModelConfig {
         let (rope_theta, yarn) = rope(&c)?;
         let generation = generation.map(|g| self::object(GENERATION, g)).transpose()?;
         let vocab_size = c.size("vocab_size", 1, SIZE_MAX)?;
-        let config = Self {
+        let mut config = Self {
             vocab_size,
             hidden_size: c.size("hidden_size", 1, SIZE_MAX)?,
             num_hidden_layers: c.size("num_hidden_layers", 1, LAYERS_MAX)?,
@@ -117,14 +119,14 @@ impl ModelConfig {
             n_shared_experts: c.size_or("n_shared_experts", 0, 0, EXPERTS_MAX)?,
             num_experts_per_tok: c.size_or("num_experts_per_tok", 0, 0, EXPERTS_MAX)?,
             n_group: c.size_or("n_group", 1, 0, EXPERTS_MAX)?.max(1),
-            topk_group: c.size_or("topk_group", 1, 0, EXPERTS_MAX)?.max(1),
+            topk_group: c.size_or("topk_group", 0, 0, EXPERTS_MAX)?,
             first_k_dense_replace: c.size_or("first_k_dense_replace", 0, 0, LAYERS_MAX)?,
             moe_layer_freq: c.size_or("moe_layer_freq", 1, 1, LAYERS_MAX)?,
             mlp_layer_types: mlp_layer_types(&c)?,
             scoring: scoring(&c, v2)?,
             topk_method: topk_method(&c, v2)?,
             norm_topk_prob: c.flag("norm_topk_prob", !v2)?,
-            routed_scaling_factor: c.number_or("routed_scaling_factor", 1.0, f64::MIN_POSITIVE, 1e6)? as f32,
+            routed_scaling_factor: c.number_or("routed_scaling_factor", 1.0, 1e-6, 1e6)? as f32,
             rms_norm_eps: c.number_or("rms_norm_eps", 1e-6, 1e-30, 1.0)? as f32,
             rope_theta,
             yarn,
@@ -142,6 +144,8 @@ impl ModelConfig {
         };
         config.check_attention(&c)?;
         config.check_experts(&c)?;
+        // No groups, or the whole of the only one.
+        config.topk_group = config.topk_group.max(1);
         Ok(config)
     }
 
@@ -164,17 +168,18 @@ impl ModelConfig {
             ));
         }
         let heads = self.num_attention_heads;
-        if c.size_or("num_key_value_heads", heads as u64, 1, 65_536)? != heads {
-            let why = format!("expected {heads}, as num_attention_heads: MLA has one latent for all heads");
+        let found = c.size_or("num_key_value_heads", heads as u64, 1, 65_536)?;
+        if found != heads {
+            let why = format!("expected num_attention_heads, {heads}, as MLA needs, found {found}");
             return Err(c.error("num_key_value_heads", why));
         }
         let query = self.qk_nope_head_dim + self.qk_rope_head_dim;
-        if c.size_or("qk_head_dim", query as u64, 1, SIZE_MAX)? != query {
-            return Err(
-                c.error("qk_head_dim", format!("expected {query}, qk_nope_head_dim + qk_rope_head_dim"))
-            );
+        let found = c.size_or("qk_head_dim", query as u64, 1, SIZE_MAX)?;
+        if found != query {
+            let why = format!("expected {query}, qk_nope_head_dim + qk_rope_head_dim, found {found}");
+            return Err(c.error("qk_head_dim", why));
         }
-        let widest = heads * (query.max(self.qk_nope_head_dim + self.v_head_dim));
+        let widest = heads.saturating_mul(query.max(self.qk_nope_head_dim + self.v_head_dim));
         if widest > PRODUCT_MAX {
             let why =
                 format!("{heads} heads make rows of {widest} values, at most {PRODUCT_MAX} are allowed");
@@ -186,7 +191,11 @@ impl ModelConfig {
     fn check_experts(&self, c: &Fields<'_>) -> Result<(), Error> {
         let sparse = self.mlp_layer_types.as_ref();
         if let Some(types) = sparse.filter(|t| t.len() < self.num_hidden_layers) {
-            let why = format!("{} entries for {} layers", types.len(), self.num_hidden_layers);
+            let why = format!(
+                "expected num_hidden_layers, {}, entries, found {}",
+                self.num_hidden_layers,
+                types.len()
+            );
             return Err(c.error("mlp_layer_types", why));
         }
         let experts = self.n_routed_experts;
@@ -202,6 +211,11 @@ impl ModelConfig {
         };
         need("moe_intermediate_size", self.moe_intermediate_size)?;
         need("num_experts_per_tok", self.num_experts_per_tok)?;
+        let limited = self.topk_method != TopkMethod::Greedy;
+        if limited && self.n_group > 1 && self.topk_group == 0 {
+            let why = format!("missing or 0 in a model with {} groups of experts", self.n_group);
+            return Err(c.error("topk_group", why));
+        }
         if !experts.is_multiple_of(self.n_group) {
             let why = format!("{} groups do not divide {experts} experts", self.n_group);
             return Err(c.error("n_group", why));
@@ -210,17 +224,18 @@ impl ModelConfig {
             return Err(c.error("n_group", format!("{} groups of one expert each", self.n_group)));
         }
         if self.topk_group > self.n_group {
-            let why = format!("keeps {} of {} groups", self.topk_group, self.n_group);
+            let why = format!("expected at most n_group, {}, found {}", self.n_group, self.topk_group);
             return Err(c.error("topk_group", why));
         }
-        let limited = self.topk_method != TopkMethod::Greedy;
-        let kept = if limited { experts / self.n_group * self.topk_group } else { experts };
+        let kept = if limited { experts / self.n_group * self.topk_group.max(1) } else { experts };
         if self.num_experts_per_tok > kept {
-            let why = format!("chooses {} of {kept} experts", self.num_experts_per_tok);
+            let found = self.num_experts_per_tok;
+            let why = format!("expected at most the {kept} experts there are to choose from, found {found}");
             return Err(c.error("num_experts_per_tok", why));
         }
         if self.n_shared_experts.saturating_mul(self.moe_intermediate_size) > PRODUCT_MAX {
-            return Err(c.error("n_shared_experts", "the shared experts are too wide".into()));
+            let why = format!("the shared experts are too wide: at most {PRODUCT_MAX} values are allowed");
+            return Err(c.error("n_shared_experts", why));
         }
         Ok(())
     }
@@ -240,8 +255,11 @@ fn refuse_unsupported(c: &Fields<'_>) -> Result<(), Error> {
         }
     }
     let Some(q) = c.object("quantization_config")? else { return Ok(()) };
-    if let Some(method) = q.text("quant_method")?.filter(|m| *m != "fp8") {
-        return Err(q.error("quant_method", format!("found {method}, supported is fp8")));
+    match q.text("quant_method")? {
+        Some("fp8") => {}
+        Some(other) => return Err(q.error("quant_method", format!("found {other}, supported is fp8"))),
+        // Weights quantised in an unknown way must not pass for plain ones.
+        None => return Err(q.error("quant_method", "missing, supported is fp8".into())),
     }
     if let Some(format) = q.text("fmt")?.filter(|f| *f != "e4m3") {
         return Err(q.error("fmt", format!("found {format}, supported is e4m3")));
@@ -249,7 +267,9 @@ fn refuse_unsupported(c: &Fields<'_>) -> Result<(), Error> {
     match q.get("weight_block_size") {
         None => Ok(()),
         Some(Value::Array(b)) if b.len() == 2 && b.iter().all(|n| n.as_u64() == Some(128)) => Ok(()),
-        Some(other) => Err(q.error("weight_block_size", format!("found {other}, supported is [128, 128]"))),
+        Some(other) => {
+            Err(q.error("weight_block_size", format!("found {}, supported is [128, 128]", brief(other))))
+        }
     }
 }
 
@@ -262,7 +282,14 @@ fn rope(c: &Fields<'_>) -> Result<(f64, Option<Yarn>), Error> {
         _ => theta_of(c)?,
     };
     let Some(s) = c.object("rope_scaling")?.or(parameters) else { return Ok((theta, None)) };
-    let kind = s.text("rope_type")?.or(s.text("type")?).unwrap_or("default");
+    // Both names are in use; some files have both.
+    let (kind, old_kind) = (s.text("rope_type")?, s.text("type")?);
+    if let (Some(new), Some(old)) = (kind, old_kind)
+        && new != old
+    {
+        return Err(s.error("rope_type", format!("found {new}, but type says {old}")));
+    }
+    let kind = kind.or(old_kind).unwrap_or("default");
     match kind {
         "default" => return Ok((theta, None)),
         "yarn" => {}
@@ -313,13 +340,16 @@ fn topk_method(c: &Fields<'_>, v2: bool) -> Result<TopkMethod, Error> {
 
 fn mlp_layer_types(c: &Fields<'_>) -> Result<Option<Vec<bool>>, Error> {
     let Some(value) = c.get("mlp_layer_types") else { return Ok(None) };
-    let bad = || c.error("mlp_layer_types", "expected a list of \"dense\" and \"sparse\"".into());
+    let bad = |found: &Value| {
+        let why = format!("expected a list of \"dense\" and \"sparse\", found {}", brief(found));
+        c.error("mlp_layer_types", why)
+    };
     let kind = |v: &Value| match v.as_str() {
         Some("dense") => Ok(false),
         Some("sparse") => Ok(true),
-        _ => Err(bad()),
+        _ => Err(bad(v)),
     };
-    value.as_array().ok_or_else(bad)?.iter().map(kind).collect::<Result<_, _>>().map(Some)
+    value.as_array().ok_or_else(|| bad(value))?.iter().map(kind).collect::<Result<_, _>>().map(Some)
 }
 
 fn eos_token_ids(
@@ -338,9 +368,12 @@ fn eos_token_ids(
 
 fn object(file: &'static str, bytes: &[u8]) -> Result<Map<String, Value>, Error> {
     let bad = |why: String| Error::File { file: file.into(), why };
-    match serde_json::from_slice(bytes).map_err(|e| bad(format!("not JSON: {e}")))? {
+    if bytes.len() > CONFIG_BYTES_MAX {
+        return Err(bad(format!("{} bytes, at most {CONFIG_BYTES_MAX} allowed", bytes.len())));
+    }
+    match json::parse(bytes).map_err(|e| bad(format!("not JSON: {e}")))? {
         Value::Object(map) => Ok(map),
-        _ => Err(bad("expected a JSON object".into())),
+        other => Err(bad(format!("expected a JSON object, found {}", brief(&other)))),
     }
 }
 
@@ -415,7 +448,10 @@ impl<'a> Fields<'a> {
         let Some(value) = self.get(field) else { return Ok(default) };
         match value.as_f64() {
             Some(n) if n >= min && n <= max => Ok(n),
-            _ => Err(self.error(field, format!("expected a number {min} to {max}, found {}", brief(value)))),
+            _ => {
+                Err(self
+                    .error(field, format!("expected a number {min:?} to {max:?}, found {}", brief(value))))
+            }
         }
     }
 

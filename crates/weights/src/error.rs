@@ -1,6 +1,6 @@
 //! What can be wrong with a checkpoint.
 
-use std::path::PathBuf;
+use std::{fmt::Write as _, path::PathBuf};
 
 use thiserror::Error;
 
@@ -8,7 +8,7 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum Error {
     /// The system would not let us read a file.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", plain(&path.display().to_string()))]
     Io {
         /// The file.
         path: PathBuf,
@@ -16,7 +16,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A folder that is no checkpoint we can read.
-    #[error("{}: {why}", path.display())]
+    #[error("{}: {}", plain(&path.display().to_string()), plain(why))]
     Folder {
         /// The folder.
         path: PathBuf,
@@ -24,7 +24,7 @@ pub enum Error {
         why: String,
     },
     /// A safetensors file whose header does not hold.
-    #[error("{file}: {why}")]
+    #[error("{}: {}", plain(file), plain(why))]
     File {
         /// The file.
         file: String,
@@ -32,7 +32,7 @@ pub enum Error {
         why: String,
     },
     /// A tensor that is missing or not what was expected.
-    #[error("{file}: tensor {tensor}: {why}")]
+    #[error("{}: tensor {}: {}", plain(file), plain(tensor), plain(why))]
     Tensor {
         /// The file it is in, or should be in.
         file: String,
@@ -42,7 +42,7 @@ pub enum Error {
         why: String,
     },
     /// A configuration field that is missing, out of range or unsupported.
-    #[error("{file}: {field}: {why}")]
+    #[error("{file}: {}: {}", plain(field), plain(why))]
     Config {
         /// The file.
         file: &'static str,
@@ -51,4 +51,33 @@ pub enum Error {
         /// What was expected and what was found.
         why: String,
     },
+}
+
+/// Most characters of a part of a message that a file can choose.
+const PART_CHARS_MAX: usize = 800;
+
+/// `text` fit for a terminal and a log: names come from the file, so they may hold escape sequences, line breaks and
+/// marks that reorder text, or be a hundred megabytes long.
+fn plain(text: &str) -> String {
+    let mut out = String::new();
+    let skipped = text.chars().count().saturating_sub(PART_CHARS_MAX);
+    for (i, c) in text.chars().enumerate() {
+        let from_middle = i.checked_sub(PART_CHARS_MAX / 2);
+        match from_middle {
+            // What was expected stands at the end of a message, so it is the middle that goes.
+            Some(0) if skipped > 0 => {
+                let _ = write!(out, " [{skipped} characters] ");
+            }
+            Some(at) if at < skipped => {}
+            _ if hides(c) => out.extend(c.escape_unicode()),
+            _ => out.push(c),
+        }
+    }
+    out
+}
+
+/// Control characters, zero-width characters, line separators and bidirectional marks.
+fn hides(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }

@@ -7,6 +7,7 @@
 mod checkpoint;
 mod config;
 mod error;
+mod json;
 mod mmap;
 mod safetensors;
 

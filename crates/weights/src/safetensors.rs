@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fmt, ops::Range};
 use oxseek_tensor::ByteRegion;
 use serde::{
     Deserialize, Deserializer,
-    de::{MapAccess, Visitor},
+    de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 
 use crate::Error;
@@ -15,6 +15,8 @@ use crate::Error;
 pub const HEADER_BYTES_MAX: u64 = 100_000_000;
 /// Most dimensions of a tensor.
 pub const DIMENSIONS_MAX: usize = 8;
+/// The entry that is no tensor: free text about the file.
+const METADATA: &str = "__metadata__";
 
 /// A safetensors file whose header holds.
 #[derive(Debug)]
@@ -37,40 +39,110 @@ pub struct TensorView<'a> {
 
 #[derive(Debug)]
 struct Entry {
-    dtype: String,
+    dtype: &'static str,
     shape: Vec<usize>,
     /// In the file.
     range: Range<usize>,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+/// An entry as the header spells it.
 struct RawEntry {
     dtype: String,
     shape: Vec<u64>,
     data_offsets: (u64, u64),
 }
 
-/// Header entries in file order, so that a name that occurs twice is seen.
-struct RawHeader(Vec<(String, serde_json::Value)>);
-
-impl<'de> Deserialize<'de> for RawHeader {
+impl<'de> Deserialize<'de> for RawEntry {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Entries;
-        impl<'de> Visitor<'de> for Entries {
-            type Value = RawHeader;
+        // Derived code would take a list of the three as well.
+        struct EntryVisitor;
+        impl<'de> Visitor<'de> for EntryVisitor {
+            type Value = RawEntry;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object of tensors")
+                f.write_str("an object")
             }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawHeader, A::Error> {
-                let mut entries = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    entries.push(entry);
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawEntry, A::Error> {
+                let (mut dtype, mut shape, mut data_offsets) = (None, None, None);
+                while let Some(key) = map.next_key::<String>()? {
+                    let twice = match key.as_str() {
+                        "dtype" => dtype.replace(map.next_value()?).is_some(),
+                        "shape" => shape.replace(map.next_value::<Shape>()?.0).is_some(),
+                        "data_offsets" => data_offsets.replace(map.next_value()?).is_some(),
+                        other => return Err(A::Error::custom(format_args!("unknown field {other:?}"))),
+                    };
+                    if twice {
+                        return Err(A::Error::custom(format_args!("{key:?} occurs twice")));
+                    }
                 }
-                Ok(RawHeader(entries))
+                let missing = |field| A::Error::custom(format_args!("{field} is missing"));
+                Ok(RawEntry {
+                    dtype: dtype.ok_or_else(|| missing("dtype"))?,
+                    shape: shape.ok_or_else(|| missing("shape"))?,
+                    data_offsets: data_offsets.ok_or_else(|| missing("data_offsets"))?,
+                })
             }
         }
-        deserializer.deserialize_map(Entries)
+        deserializer.deserialize_map(EntryVisitor)
+    }
+}
+
+/// Sizes, outermost first. Counted while they are read, so that a header full of them takes no memory.
+struct Shape(Vec<u64>);
+
+impl<'de> Deserialize<'de> for Shape {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Sizes;
+        impl<'de> Visitor<'de> for Sizes {
+            type Value = Shape;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list of sizes")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Shape, A::Error> {
+                let mut sizes = Vec::new();
+                while let Some(size) = seq.next_element()? {
+                    if sizes.len() == DIMENSIONS_MAX {
+                        let why = format_args!("more than {DIMENSIONS_MAX} dimensions");
+                        return Err(A::Error::custom(why));
+                    }
+                    sizes.push(size);
+                }
+                Ok(Shape(sizes))
+            }
+        }
+        deserializer.deserialize_seq(Sizes)
+    }
+}
+
+/// Reads header entries in file order, so that a name that occurs twice is seen.
+struct Entries<'a> {
+    /// The tensor whose entry is being read, for the error.
+    reading: &'a mut Option<String>,
+}
+
+impl<'de> DeserializeSeed<'de> for Entries<'_> {
+    type Value = Vec<(String, RawEntry)>;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Entries<'_> {
+    type Value = Vec<(String, RawEntry)>;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of tensors")
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut entries = Vec::new();
+        while let Some(name) = map.next_key::<String>()? {
+            if name == METADATA {
+                map.next_value::<IgnoredAny>()?;
+                continue;
+            }
+            *self.reading = Some(name.clone());
+            entries.push((name, map.next_value()?));
+            *self.reading = None;
+        }
+        Ok(entries)
     }
 }
 
@@ -83,16 +155,21 @@ impl SafeTensors {
         let bad = |why: String| Error::File { file: file.into(), why };
         let (header, data_start) = header_bytes(region.bytes()).map_err(bad)?;
         let text = std::str::from_utf8(header).map_err(|e| bad(format!("header is not UTF-8: {e}")))?;
-        let raw: RawHeader = serde_json::from_str(text)
-            .map_err(|e| bad(format!("header is not a JSON object of tensors: {e}")))?;
+        let mut reading = None;
+        let mut json = serde_json::Deserializer::from_str(text);
+        let entries = Entries { reading: &mut reading }.deserialize(&mut json);
+        let raw = entries.and_then(|raw| json.end().map(|()| raw)).map_err(|e| match reading {
+            None => bad(format!("header is not a JSON object of tensors: {e}")),
+            Some(tensor) => {
+                let why = format!("expected dtype, shape and data_offsets: {e}");
+                Error::Tensor { file: file.into(), tensor, why }
+            }
+        })?;
         let data_len = region.bytes().len() - data_start;
         let mut tensors = BTreeMap::new();
-        for (name, value) in raw.0 {
-            if name == "__metadata__" {
-                continue;
-            }
+        for (name, raw) in raw {
             let bad = |why: String| Error::Tensor { file: file.into(), tensor: name.clone(), why };
-            let entry = entry(value, data_start, data_len).map_err(bad)?;
+            let entry = entry(&raw, data_start, data_len).map_err(bad)?;
             if tensors.contains_key(&name) {
                 return Err(bad("is in the header twice".into()));
             }
@@ -124,7 +201,7 @@ impl SafeTensors {
     }
 
     fn view<'a>(&'a self, e: &'a Entry) -> TensorView<'a> {
-        TensorView { dtype: &e.dtype, shape: &e.shape, bytes: &self.region.bytes()[e.range.clone()] }
+        TensorView { dtype: e.dtype, shape: &e.shape, bytes: &self.region.bytes()[e.range.clone()] }
     }
 
     /// The data is exactly its tensors: none overlap, no bytes between or after them.
@@ -176,13 +253,11 @@ fn header_bytes(bytes: &[u8]) -> Result<(&[u8], usize), String> {
     }
 }
 
-fn entry(value: serde_json::Value, data_start: usize, data_len: usize) -> Result<Entry, String> {
-    let raw: RawEntry =
-        serde_json::from_value(value).map_err(|e| format!("expected dtype, shape and data_offsets: {e}"))?;
-    let element_bytes = dtype_bytes(&raw.dtype).ok_or_else(|| format!("unknown dtype {:?}", raw.dtype))?;
-    if raw.shape.len() > DIMENSIONS_MAX {
-        return Err(format!("{} dimensions, at most {DIMENSIONS_MAX} allowed", raw.shape.len()));
-    }
+fn entry(raw: &RawEntry, data_start: usize, data_len: usize) -> Result<Entry, String> {
+    let Some((dtype, element_bytes)) = DTYPES.into_iter().find(|(name, _)| *name == raw.dtype) else {
+        let known = DTYPES.map(|(name, _)| name).join(", ");
+        return Err(format!("unknown dtype {:?}, expected one of {known}", raw.dtype));
+    };
     let expected = raw.shape.iter().try_fold(element_bytes, |n, &d| n.checked_mul(d));
     let expected = expected.ok_or_else(|| format!("shape {:?} overflows", raw.shape))?;
     let (begin, end) = raw.data_offsets;
@@ -190,25 +265,37 @@ fn entry(value: serde_json::Value, data_start: usize, data_len: usize) -> Result
         return Err(format!("data_offsets [{begin}, {end}] run backwards"));
     }
     if end - begin != expected {
-        let (dtype, shape) = (&raw.dtype, &raw.shape);
         return Err(format!(
-            "{dtype} of shape {shape:?} takes {expected} bytes, data_offsets hold {}",
+            "{dtype} of shape {:?} takes {expected} bytes, data_offsets hold {}",
+            raw.shape,
             end - begin
         ));
     }
     if end > data_len as u64 {
         return Err(format!("truncated: its data ends at byte {end} of the data, the file has {data_len}"));
     }
-    let shape = raw.shape.iter().map(|&d| d as usize).collect();
-    Ok(Entry { dtype: raw.dtype, shape, range: data_start + begin as usize..data_start + end as usize })
+    // A tensor without bytes may still have a size that a 32-bit machine cannot count.
+    let shape = raw.shape.iter().map(|&d| usize::try_from(d)).collect::<Result<_, _>>();
+    let shape = shape.map_err(|_| format!("shape {:?} overflows", raw.shape))?;
+    Ok(Entry { dtype, shape, range: data_start + begin as usize..data_start + end as usize })
 }
 
-fn dtype_bytes(dtype: &str) -> Option<u64> {
-    Some(match dtype {
-        "F64" | "I64" | "U64" => 8,
-        "F32" | "I32" | "U32" => 4,
-        "F16" | "BF16" | "I16" | "U16" => 2,
-        "F8_E4M3" | "F8_E5M2" | "F8_E8M0" | "I8" | "U8" | "BOOL" => 1,
-        _ => return None,
-    })
-}
+/// The types and the bytes of one element.
+const DTYPES: [(&str, u64); 16] = [
+    ("F64", 8),
+    ("F32", 4),
+    ("F16", 2),
+    ("BF16", 2),
+    ("F8_E4M3", 1),
+    ("F8_E5M2", 1),
+    ("F8_E8M0", 1),
+    ("I64", 8),
+    ("I32", 4),
+    ("I16", 2),
+    ("I8", 1),
+    ("U64", 8),
+    ("U32", 4),
+    ("U16", 2),
+    ("U8", 1),
+    ("BOOL", 1),
+];
