@@ -1,1 +1,23 @@
-//! placeholder
+//! The engine: one thread owns the model, its cache and every sequence.
+//!
+//! A step is `plan -> run -> commit`. [`scheduler`] plans which sequences advance by how many tokens (pure: no clock,
+//! no channel), the model runs them as one batch, and the sampled tokens are committed as events. The world outside
+//! sees an [`EngineHandle`] to submit to and a [`Ticket`] per request to read from; dropping the ticket cancels.
+#![forbid(unsafe_code)]
+
+mod blocks;
+mod choice;
+mod handle;
+mod request;
+mod sampler;
+pub mod scheduler;
+mod stats;
+mod step;
+
+pub use blocks::BlockPool;
+pub use handle::{Engine, EngineHandle, EngineOptions, SubmitError, Ticket};
+pub use request::{
+    EngineLimits, Event, FinishReason, Request, RequestError, Sampling, TokenInfo, Usage, ValidRequest,
+};
+pub use sampler::{Sampled, Sampler};
+pub use stats::Stats;

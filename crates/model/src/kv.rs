@@ -1,6 +1,7 @@
 //! The latent cache: one row of `kv_lora_rank + qk_rope_head_dim` values per token and layer, paged in blocks.
 
-use oxseek_tensor::backend::{BLOCK_TOKENS, CacheShape};
+pub use oxseek_tensor::backend::BLOCK_TOKENS;
+use oxseek_tensor::backend::CacheShape;
 use oxseek_weights::ModelConfig;
 
 /// Bytes of one cached value. The cache is F32 until a backend offers narrower rows.

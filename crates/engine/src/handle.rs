@@ -1,0 +1,243 @@
+//! The world's side of an engine: start, submit, read, cancel, stop.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use oxseek_model::{LanguageModel, kv::BLOCK_TOKENS};
+use oxseek_text::Tokenizer;
+use thiserror::Error;
+
+use crate::{
+    EngineLimits, Event, Request, Stats, ValidRequest,
+    stats::{Counters, add},
+    step::Worker,
+};
+
+/// Starts engines.
+pub struct Engine;
+
+/// What an engine is started with.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// Most sequences that are computed together; never more than the model was made for.
+    pub sequences_max: usize,
+    /// Most requests that wait for a place; more are refused.
+    pub queue_requests_max: usize,
+    /// Most rows of one step: prompts are cut into chunks of at most this. Never more than the model was made for.
+    pub step_tokens_max: usize,
+    /// Events that a reader may be behind before its sequences pause.
+    pub event_channel_max: usize,
+    /// How long a reader may stand still before its request is cut.
+    pub reader_stall_max: Duration,
+    /// Tokens that end an answer.
+    pub eos_tokens: Vec<u32>,
+    /// Token ids from here on have no text and are never chosen.
+    pub vocab_text: usize,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            sequences_max: 8,
+            queue_requests_max: 256,
+            step_tokens_max: 512,
+            event_channel_max: 256,
+            reader_stall_max: Duration::from_secs(30),
+            eos_tokens: Vec::new(),
+            vocab_text: usize::MAX,
+        }
+    }
+}
+
+/// Where requests go. Cheap to clone; the engine stops when it is told to or the last handle is gone.
+#[derive(Clone)]
+pub struct EngineHandle {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    commands: mpsc::Sender<Command>,
+    counters: Arc<Counters>,
+    limits: EngineLimits,
+    open_requests_max: u64,
+    event_channel_max: usize,
+    stopping: AtomicBool,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    tokenizer: Arc<Tokenizer>,
+}
+
+/// What the engine thread is told.
+pub(crate) enum Command {
+    Submit(Box<Submission>),
+    /// Nothing new: look whether readers have left or caught up.
+    Wake,
+    Stop,
+}
+
+pub(crate) struct Submission {
+    pub(crate) request: Request,
+    pub(crate) events: async_channel::Sender<Event>,
+    pub(crate) submitted: Instant,
+    pub(crate) random_seed: u64,
+}
+
+/// Why a request was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum SubmitError {
+    /// Too many requests wait; later may work.
+    #[error("too many requests are waiting")]
+    Busy,
+    /// The engine has stopped or is about to.
+    #[error("the engine is stopping")]
+    Stopped,
+}
+
+impl Engine {
+    /// Starts the thread that owns `model`.
+    pub fn start(
+        model: Box<dyn LanguageModel>,
+        tokenizer: Arc<Tokenizer>,
+        options: EngineOptions,
+    ) -> EngineHandle {
+        let made = model.limits();
+        let step_tokens_max = options.step_tokens_max.clamp(1, made.step_rows_max);
+        let sequences_max = options.sequences_max.clamp(1, made.logit_rows_max.min(step_tokens_max));
+        let options = EngineOptions { sequences_max, step_tokens_max, ..options };
+        let limits = EngineLimits {
+            // The longest sequence must fit in the cache alone.
+            context_tokens_max: made.context_tokens_max.min(made.cache_blocks * BLOCK_TOKENS),
+            vocab: made.vocab,
+            n_max: sequences_max,
+            stop_strings_max: 16,
+            stop_bytes_max: 1024,
+            stop_tokens_max: 64,
+            logprobs_max: 20,
+            logit_bias_max: 1024,
+        };
+        let counters = Arc::new(Counters::default());
+        let (commands, inbox) = mpsc::channel();
+        let open_requests_max = (sequences_max + options.queue_requests_max) as u64;
+        let event_channel_max = options.event_channel_max.max(1);
+        let worker = Worker::new(model, Arc::clone(&tokenizer), options, inbox, Arc::clone(&counters));
+        let thread = std::thread::Builder::new().name("engine".into()).spawn(move || worker.run());
+        let shared = Shared {
+            commands,
+            counters,
+            limits,
+            open_requests_max,
+            event_channel_max,
+            // Without a thread every request is told that the engine has stopped.
+            stopping: AtomicBool::new(thread.is_err()),
+            thread: Mutex::new(thread.ok()),
+            tokenizer,
+        };
+        EngineHandle { shared: Arc::new(shared) }
+    }
+}
+
+impl EngineHandle {
+    /// Queues a request.
+    ///
+    /// # Errors
+    /// [`SubmitError`]
+    pub fn submit(&self, request: ValidRequest) -> Result<Ticket, SubmitError> {
+        let s = &self.shared;
+        if s.stopping.load(Ordering::Acquire) {
+            return Err(SubmitError::Stopped);
+        }
+        if s.counters.requests_open.fetch_add(1, Ordering::AcqRel) >= s.open_requests_max {
+            s.counters.requests_open.fetch_sub(1, Ordering::AcqRel);
+            add(&s.counters.rejected, 1);
+            return Err(SubmitError::Busy);
+        }
+        let (events, receiver) = async_channel::bounded(s.event_channel_max);
+        let submission =
+            Submission { request: request.0, events, submitted: Instant::now(), random_seed: random_seed() };
+        if s.commands.send(Command::Submit(Box::new(submission))).is_err() {
+            s.counters.requests_open.fetch_sub(1, Ordering::AcqRel);
+            return Err(SubmitError::Stopped);
+        }
+        add(&s.counters.submitted, 1);
+        Ok(Ticket { events: receiver, commands: s.commands.clone() })
+    }
+
+    /// What the engine accepts.
+    pub fn limits(&self) -> &EngineLimits {
+        &self.shared.limits
+    }
+
+    /// What the engine did and does.
+    pub fn stats(&self) -> Stats {
+        self.shared.counters.snapshot()
+    }
+
+    /// The model's tokenizer.
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        &self.shared.tokenizer
+    }
+
+    /// Whether the engine's thread is there to take requests.
+    pub fn is_alive(&self) -> bool {
+        let thread = self.shared.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        thread.as_ref().is_some_and(|t| !t.is_finished())
+    }
+
+    /// Takes no more requests, lets the accepted ones end, and waits for that.
+    pub fn shutdown(&self) {
+        self.shared.stopping.store(true, Ordering::Release);
+        let _ = self.shared.commands.send(Command::Stop);
+        let thread = self.shared.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Events of one request. Dropping it cancels the request within one step.
+pub struct Ticket {
+    events: async_channel::Receiver<Event>,
+    commands: mpsc::Sender<Command>,
+}
+
+impl Ticket {
+    /// The next event; None after the last one, or when the engine cut the request.
+    pub async fn next(&mut self) -> Option<Event> {
+        let event = self.events.recv().await.ok();
+        self.wake_if_drained();
+        event
+    }
+
+    /// As [`Ticket::next`], waiting in place.
+    pub fn next_blocking(&mut self) -> Option<Event> {
+        let event = self.events.recv_blocking().ok();
+        self.wake_if_drained();
+        event
+    }
+
+    /// A paused sequence may go on when its reader has caught up.
+    fn wake_if_drained(&self) {
+        if self.events.capacity() == Some(self.events.len() + 1) {
+            let _ = self.commands.send(Command::Wake);
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.events.close();
+        let _ = self.commands.send(Command::Wake);
+    }
+}
+
+/// The standard library's hash keys are random; nothing else here needs randomness.
+fn random_seed() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(0u8)
+}
