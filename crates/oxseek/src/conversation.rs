@@ -32,8 +32,10 @@ pub fn chat_prompt(opened: &Opened, messages: &[Value], think: bool) -> Result<(
 /// Tokens of plain text to continue.
 pub fn text_prompt(opened: &Opened, text: &str) -> Result<Vec<u32>, Failure> {
     let tokenizer = opened.engine.tokenizer();
-    let mut tokens: Vec<u32> = tokenizer.token_id(&opened.bos).into_iter().collect();
-    tokens.extend(tokenizer.encode(text, ControlTokens::AsText).map_err(|e| Failure::Run(e.to_string()))?);
+    // Who writes raw prompts writes the control tokens that they need; only the one that begins a text is added.
+    let begins = text.starts_with(&opened.bos);
+    let mut tokens: Vec<u32> = tokenizer.token_id(&opened.bos).filter(|_| !begins).into_iter().collect();
+    tokens.extend(tokenizer.encode(text, ControlTokens::Parse).map_err(|e| Failure::Run(e.to_string()))?);
     Ok(tokens)
 }
 
@@ -56,7 +58,7 @@ pub fn submit(opened: &Opened, prompt: Vec<u32>, args: &SamplingArgs) -> Result<
 
 /// Streams an answer to the terminal until it ends or Ctrl-C is pressed; dropping the ticket then cancels it.
 pub async fn stream(mut ticket: Ticket, thinking: bool) -> Result<(String, Option<Usage>), Failure> {
-    let mut writer = AnswerWriter::new(thinking);
+    let mut writer = AnswerWriter::stdout(thinking);
     let mut answer = String::new();
     let mut usage = None;
     loop {

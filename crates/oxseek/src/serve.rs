@@ -41,7 +41,13 @@ async fn listen(args: ServeArgs) -> Result<(), Failure> {
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(oxseek_server::serve(listener, state, async move {
         tokio::select! {
-            () = interrupted() => eprintln!("oxseek: stopping; running answers may end, Ctrl-C again stops at once"),
+            () = interrupted() => {
+                eprintln!("oxseek: stopping; running answers may end, Ctrl-C again stops at once");
+                tokio::spawn(async {
+                    interrupted().await;
+                    std::process::exit(130);
+                });
+            }
             _ = stopped => {}
         }
     }));

@@ -2,65 +2,61 @@
 
 use std::io::{self, IsTerminal, Write};
 
+use oxseek_text::{Part, ReasoningSplit};
+
 const DIM: &str = "\x1b[2m";
 const PLAIN: &str = "\x1b[0m";
 
-/// Writes an answer's pieces to standard output.
-pub struct AnswerWriter {
+/// Writes an answer's pieces.
+pub struct AnswerWriter<W> {
+    out: W,
     colour: bool,
-    thinking: bool,
-    /// Text that may still become a think tag.
-    held: String,
+    split: ReasoningSplit,
+    last: Option<Part>,
 }
 
-impl AnswerWriter {
-    /// `thinking`: whether the answer begins inside the model's thinking.
-    pub fn new(thinking: bool) -> Self {
-        Self { colour: io::stdout().is_terminal(), thinking, held: String::new() }
+impl AnswerWriter<io::Stdout> {
+    /// To standard output; colours only on a terminal. `thinking`: the answer begins inside the model's thinking.
+    pub fn stdout(thinking: bool) -> Self {
+        let out = io::stdout();
+        let colour = out.is_terminal();
+        Self::new(out, colour, thinking)
+    }
+}
+
+impl<W: Write> AnswerWriter<W> {
+    fn new(out: W, colour: bool, thinking: bool) -> Self {
+        Self { out, colour, split: ReasoningSplit::new(thinking), last: None }
     }
 
     /// Shows a piece of the answer.
     pub fn write(&mut self, text: &str) -> io::Result<()> {
-        self.held.push_str(text);
-        let mut out = io::stdout().lock();
-        loop {
-            let tag = if self.thinking { "</think>" } else { "<think>" };
-            let Some(at) = self.held.find(tag) else {
-                let ready = self.held.len() - partial_tag(&self.held, tag);
-                let rest = self.held.split_off(ready);
-                self.show(&mut out, &std::mem::replace(&mut self.held, rest))?;
-                return out.flush();
-            };
-            let rest = self.held.split_off(at + tag.len());
-            self.held.truncate(at);
-            self.show(&mut out, &std::mem::replace(&mut self.held, rest))?;
-            if self.thinking {
-                writeln!(out, "\n")?;
-            }
-            self.thinking = !self.thinking;
+        for (part, text) in self.split.push(text) {
+            self.show(part, &text)?;
         }
+        self.out.flush()
     }
 
     /// Ends the answer with a new line.
     pub fn finish(&mut self) -> io::Result<()> {
-        let mut out = io::stdout().lock();
-        self.show(&mut out, &std::mem::take(&mut self.held))?;
-        writeln!(out)?;
-        out.flush()
+        if let Some((part, text)) = self.split.finish() {
+            self.show(part, &text)?;
+        }
+        writeln!(self.out)?;
+        self.out.flush()
     }
 
-    fn show(&self, out: &mut impl Write, text: &str) -> io::Result<()> {
-        match (text.is_empty(), self.thinking && self.colour) {
-            (true, _) => Ok(()),
-            (false, true) => write!(out, "{DIM}{text}{PLAIN}"),
-            (false, false) => write!(out, "{text}"),
+    fn show(&mut self, part: Part, text: &str) -> io::Result<()> {
+        if self.last == Some(Part::Reasoning) && part == Part::Content {
+            write!(self.out, "\n\n")?;
+        }
+        self.last = Some(part);
+        if part == Part::Reasoning && self.colour {
+            write!(self.out, "{DIM}{text}{PLAIN}")
+        } else {
+            write!(self.out, "{text}")
         }
     }
-}
-
-/// Bytes at the end of `text` that are the beginning of `tag`.
-fn partial_tag(text: &str, tag: &str) -> usize {
-    (1..tag.len()).rev().find(|&n| text.ends_with(&tag[..n])).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -68,10 +64,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_tag_is_held_back_until_it_is_whole() {
-        assert_eq!(partial_tag("so </th", "</think>"), 4);
-        assert_eq!(partial_tag("so <", "</think>"), 1);
-        assert_eq!(partial_tag("so", "</think>"), 0);
-        assert_eq!(partial_tag("", "<think>"), 0);
+    fn thinking_is_dimmed_on_a_terminal_and_apart_from_the_answer() {
+        for (colour, expected) in [(true, "\x1b[2mplan\x1b[0m\n\nanswer\n"), (false, "plan\n\nanswer\n")] {
+            let mut out = Vec::new();
+            let mut writer = AnswerWriter::new(&mut out, colour, true);
+            for piece in ["plan", "</thi", "nk>ans", "wer"] {
+                writer.write(piece).expect("a vector takes everything");
+            }
+            writer.finish().expect("a vector takes everything");
+            assert_eq!(String::from_utf8(out).as_deref(), Ok(expected));
+        }
     }
 }

@@ -1,1 +1,19 @@
-//! placeholder
+//! The HTTP server: OpenAI's chat and text completions over an engine, a chat page, health and metrics.
+//!
+//! A request walks: limits ([`limits`]) -> JSON to fields (`openai::fields`) -> prompt and engine request
+//! (`openai::chat`, `openai::completions`, off the async threads) -> ticket -> events to JSON or SSE
+//! (`openai::answer`). No request blocks inference: what the engine sends goes through a bounded channel, and a client
+//! that leaves drops its ticket, which cancels.
+#![forbid(unsafe_code)]
+
+mod app;
+mod error;
+mod health;
+pub mod limits;
+mod metrics;
+mod openai;
+mod page;
+mod state;
+
+pub use app::serve;
+pub use state::{AppState, Model};

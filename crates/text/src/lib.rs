@@ -4,6 +4,7 @@
 mod detokenizer;
 mod error;
 mod messages;
+mod reasoning;
 mod stop;
 mod template;
 mod tokenizer;
@@ -11,6 +12,7 @@ mod tokenizer;
 pub use detokenizer::Detokenizer;
 pub use error::Error;
 pub use messages::guard_messages;
+pub use reasoning::{Part, ReasoningSplit};
 pub use stop::{StopOutcome, StopStrings};
 pub use template::{ChatTemplate, OUTPUT_BYTES_MAX, SOURCE_BYTES_MAX};
 pub use tokenizer::{ControlTokens, Tokenizer};

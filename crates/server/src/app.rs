@@ -1,0 +1,85 @@
+//! Routes, and connections that cannot be held open for nothing.
+
+use std::{future::Future, io, sync::Arc};
+
+use axum::{
+    Router,
+    routing::{get, post},
+};
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulShutdown,
+    service::TowerToHyperService,
+};
+use tokio::{net::TcpListener, sync::Semaphore};
+
+use crate::{
+    error::ApiError,
+    health::health,
+    limits::{CONNECTIONS_MAX, DRAIN_SECONDS_MAX, HEADER_BYTES_MAX, HEADER_SECONDS_MAX},
+    metrics::metrics,
+    openai::{chat::chat_completions, completions::completions, models},
+    page::page,
+    state::AppState,
+};
+
+/// Serves until `shutdown` is ready, then lets running answers end.
+///
+/// # Errors
+/// When the listener breaks. A broken connection is no error of the server.
+pub async fn serve(
+    listener: TcpListener,
+    state: AppState,
+    shutdown: impl Future<Output = ()> + Send,
+) -> io::Result<()> {
+    let router = router(state);
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let connections = GracefulShutdown::new();
+    let mut shutdown = std::pin::pin!(shutdown);
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { break };
+        let stream = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => stream,
+                // Out of file descriptors, or a peer that left in the handshake: later ones may work.
+                Err(_) => {
+                    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                    continue;
+                }
+            },
+            () = &mut shutdown => break,
+        };
+        // Small pieces of a stream must not wait for each other.
+        let _ = stream.set_nodelay(true);
+        let service = TowerToHyperService::new(router.clone());
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_SECONDS_MAX)
+            .max_buf_size(HEADER_BYTES_MAX)
+            .serve_connection(TokioIo::new(stream), service);
+        let connection = connections.watch(connection);
+        tokio::spawn(async move {
+            // How a connection ends is the client's business.
+            let _ = connection.await;
+            drop(place);
+        });
+    }
+    drop(listener);
+    let _ = tokio::time::timeout(DRAIN_SECONDS_MAX, connections.shutdown()).await;
+    Ok(())
+}
+
+fn router(state: AppState) -> Router {
+    Router::new()
+        .route("/", get(page))
+        .route("/health", get(health))
+        .route("/metrics", get(metrics))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{id}", get(models::retrieve))
+        .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/completions", post(completions))
+        .fallback(|| async { ApiError::no_such_route() })
+        .method_not_allowed_fallback(|| async { ApiError::wrong_method() })
+        .with_state(state)
+}

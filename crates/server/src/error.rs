@@ -1,0 +1,138 @@
+//! Errors as OpenAI frames them. HTTP status codes are chosen here and nowhere else.
+
+use axum::{
+    Json,
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use oxseek_engine::{RequestError, SubmitError};
+use serde_json::{Value, json};
+
+/// An error that a client gets. Its message never quotes a prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct ApiError {
+    status: StatusCode,
+    kind: &'static str,
+    code: Option<&'static str>,
+    param: Option<String>,
+    message: String,
+    retry_after: bool,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        Self { status, kind, code: None, param: None, message: message.into(), retry_after: false }
+    }
+
+    /// A field that is wrong.
+    pub(crate) fn invalid(param: impl Into<String>, message: impl Into<String>) -> Self {
+        let param = param.into();
+        let message = format!("{param}: {}", message.into());
+        let e = Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message);
+        Self { code: Some("invalid_value"), param: Some(param), ..e }
+    }
+
+    /// A field or value that OpenAI has and this server has not.
+    pub(crate) fn unsupported(param: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { code: Some("unsupported_parameter"), ..Self::invalid(param, message) }
+    }
+
+    /// A body that is no JSON object.
+    pub(crate) fn body(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+    }
+
+    pub(crate) fn content_type() -> Self {
+        let message = "the body must be JSON, with the header content-type: application/json";
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", message)
+    }
+
+    pub(crate) fn body_too_large(bytes_max: usize) -> Self {
+        let message = format!("the body is larger than {bytes_max} bytes");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
+    }
+
+    pub(crate) fn body_too_slow() -> Self {
+        Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", "the body took too long to arrive")
+    }
+
+    pub(crate) fn model_not_found(name: &str) -> Self {
+        let short: String = name.chars().take(100).collect();
+        let message = format!("model: {short:?} is not served here; GET /v1/models lists what is");
+        let e = Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message);
+        Self { code: Some("model_not_found"), param: Some("model".into()), ..e }
+    }
+
+    pub(crate) fn no_such_route() -> Self {
+        let message = "no such path; this server has /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics";
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+    }
+
+    pub(crate) fn wrong_method() -> Self {
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", "this path has no such method")
+    }
+
+    pub(crate) fn loading() -> Self {
+        let e = Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "the model is loading");
+        Self { retry_after: true, ..e }
+    }
+
+    pub(crate) fn stopped() -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "the engine has stopped")
+    }
+
+    pub(crate) fn internal() -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "the server met an internal error")
+    }
+
+    /// The engine gave up on a request.
+    pub(crate) fn failed(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+    }
+
+    /// OpenAI's error body.
+    pub(crate) fn to_json(&self) -> Value {
+        json!({"error": {
+            "message": self.message,
+            "type": self.kind,
+            "param": self.param,
+            "code": self.code,
+        }})
+    }
+}
+
+impl From<RequestError> for ApiError {
+    fn from(e: RequestError) -> Self {
+        let too_long = e.field == "prompt" && e.message.contains("context");
+        let code = if too_long { "context_length_exceeded" } else { "invalid_value" };
+        Self { code: Some(code), ..Self::invalid(e.field, e.message) }
+    }
+}
+
+impl From<SubmitError> for ApiError {
+    fn from(e: SubmitError) -> Self {
+        match e {
+            SubmitError::Busy => {
+                let e = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", e.to_string());
+                Self { code: Some("queue_full"), retry_after: true, ..e }
+            }
+            SubmitError::Stopped => Self::stopped(),
+        }
+    }
+}
+
+impl From<oxseek_text::Error> for ApiError {
+    fn from(e: oxseek_text::Error) -> Self {
+        Self::invalid("messages", e.to_string())
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.to_json())).into_response();
+        if self.retry_after {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response
+    }
+}

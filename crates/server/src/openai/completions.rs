@@ -1,0 +1,138 @@
+//! `POST /v1/completions`.
+
+use std::sync::Arc;
+
+use axum::{body::Body, extract::State, http::HeaderMap, response::Response};
+use oxseek_engine::{Request, ValidRequest};
+use oxseek_text::ControlTokens;
+use serde_json::{Value, json};
+
+use super::{
+    answer::{Answer, Form},
+    body,
+    fields::{Fields, wrong},
+    parameters::{Streaming, check_model, either, generation, neutral, streaming, token_ids},
+};
+use crate::{
+    error::ApiError,
+    limits::PROMPTS_MAX,
+    state::{AppState, Model},
+};
+
+/// OpenAI's default of this route.
+const MAX_TOKENS_DEFAULT: usize = 16;
+
+/// Continues texts.
+pub(crate) async fn completions(
+    State(state): State<AppState>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let model = state.model()?;
+    let body = body::read(&headers, body).await?;
+    let prepared = {
+        let model = Arc::clone(&model);
+        state.prepare(move || prepare(&model, &body)).await?
+    };
+    // One that does not find a place any more takes the others with it: their tickets are dropped.
+    let tickets: Result<Vec<_>, _> = prepared.requests.into_iter().map(|r| model.engine.submit(r)).collect();
+    let form = Form::Text { echo: prepared.echo };
+    let answer = Answer::new(form, model.name.clone(), tickets?, prepared.n, prepared.logprobs);
+    answer.respond(prepared.streaming).await
+}
+
+struct Prepared {
+    requests: Vec<ValidRequest>,
+    n: usize,
+    logprobs: bool,
+    /// Texts to put before the answers, one per prompt; none without `echo`.
+    echo: Vec<String>,
+    streaming: Streaming,
+}
+
+/// From a body to requests that the engine takes, one per prompt.
+fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
+    let mut fields = Fields::from_body(body)?;
+    check_model(&mut fields, model)?;
+    let mut request = Request { sampling: model.sampling.clone(), ..Request::default() };
+    generation(&mut fields, &mut request)?;
+    let asked = either(&mut fields, "max_tokens", "max_completion_tokens", Fields::count)?;
+    request.max_tokens = Some(asked.unwrap_or(MAX_TOKENS_DEFAULT));
+    request.logprobs = fields.count("logprobs")?;
+    let echo = fields.boolean("echo")?.unwrap_or(false);
+    if echo && request.logprobs.is_some() {
+        return Err(ApiError::unsupported("logprobs", "together with echo is not supported"));
+    }
+    fields.only("best_of", &[json!(request.n)])?;
+    fields.only("suffix", &[json!("")])?;
+    let streaming = streaming(&mut fields)?;
+    let prompts = prompts(&mut fields)?;
+    neutral(&mut fields)?;
+    fields.finish()?;
+    let (n, logprobs) = (request.n, request.logprobs.is_some());
+    let echo = prompts.iter().filter(|_| echo).map(|p| p.text(model)).collect();
+    let requests = prompts
+        .into_iter()
+        .map(|p| {
+            let request = Request { prompt: p.tokens(model)?, ..request.clone() };
+            request.validate(model.engine.limits()).map_err(ApiError::from)
+        })
+        .collect::<Result<_, _>>()?;
+    Ok(Prepared { requests, n, logprobs, echo, streaming })
+}
+
+enum Prompt {
+    Text(String),
+    Tokens(Vec<u32>),
+}
+
+impl Prompt {
+    /// Who sends a text prompt writes the control tokens that it needs; only the one that begins a text is added.
+    fn tokens(self, model: &Model) -> Result<Vec<u32>, ApiError> {
+        let tokenizer = model.engine.tokenizer();
+        match self {
+            Self::Tokens(ids) => Ok(ids),
+            Self::Text(text) => {
+                let begins = text.starts_with(&model.bos);
+                let mut ids: Vec<u32> = tokenizer.token_id(&model.bos).filter(|_| !begins).into_iter().collect();
+                let encoded = tokenizer.encode(&text, ControlTokens::Parse);
+                ids.extend(encoded.map_err(|e| ApiError::invalid("prompt", e.to_string()))?);
+                Ok(ids)
+            }
+        }
+    }
+
+    fn text(&self, model: &Model) -> String {
+        match self {
+            Self::Text(text) => text.clone(),
+            Self::Tokens(ids) => model.engine.tokenizer().decode(ids),
+        }
+    }
+}
+
+/// A string, token ids, or a list of either.
+fn prompts(fields: &mut Fields) -> Result<Vec<Prompt>, ApiError> {
+    let want = "a string, a list of strings, token ids or a list of lists of token ids";
+    let value = fields.take("prompt").ok_or_else(|| ApiError::invalid("prompt", "is missing"))?;
+    let list = match value {
+        Value::String(text) => return Ok(vec![Prompt::Text(text)]),
+        Value::Array(list) => list,
+        other => return Err(wrong("prompt", want, &other)),
+    };
+    if list.is_empty() {
+        return Err(ApiError::invalid("prompt", "is empty"));
+    }
+    if list[0].is_number() {
+        return Ok(vec![Prompt::Tokens(token_ids(list, "prompt")?)]);
+    }
+    if list.len() > PROMPTS_MAX {
+        return Err(ApiError::invalid("prompt", format!("has {} prompts, at most {PROMPTS_MAX}", list.len())));
+    }
+    list.into_iter()
+        .map(|v| match v {
+            Value::String(text) => Ok(Prompt::Text(text)),
+            Value::Array(ids) => Ok(Prompt::Tokens(token_ids(ids, "prompt")?)),
+            other => Err(wrong("prompt", want, &other)),
+        })
+        .collect()
+}

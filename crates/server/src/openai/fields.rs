@@ -1,0 +1,134 @@
+//! The fields of a JSON object, each taken once and by its type. What is left over is unknown.
+
+use serde_json::{Map, Value};
+
+use crate::error::ApiError;
+
+/// Fields that are not taken yet. An absent field and `null` are the same thing.
+pub(crate) struct Fields {
+    map: Map<String, Value>,
+    /// Where the object is: empty for the body, else like `messages[2].`.
+    path: String,
+}
+
+impl Fields {
+    /// The body of a request.
+    pub(crate) fn from_body(body: &[u8]) -> Result<Self, ApiError> {
+        let value: Value =
+            serde_json::from_slice(body).map_err(|e| ApiError::body(format!("the body is not valid JSON: {e}")))?;
+        match value {
+            Value::Object(map) => Ok(Self { map, path: String::new() }),
+            other => Err(ApiError::body(format!("the body must be a JSON object, found {}", kind(&other)))),
+        }
+    }
+
+    /// An object inside of another one.
+    pub(crate) fn nested(value: Value, path: &str) -> Result<Self, ApiError> {
+        match value {
+            Value::Object(map) => Ok(Self { map, path: format!("{path}.") }),
+            other => Err(wrong(path, "an object", &other)),
+        }
+    }
+
+    /// A field of any type.
+    pub(crate) fn take(&mut self, name: &str) -> Option<Value> {
+        self.map.remove(name).filter(|v| !v.is_null())
+    }
+
+    /// Name of a field with the place of its object.
+    pub(crate) fn name(&self, name: &str) -> String {
+        format!("{}{name}", self.path)
+    }
+
+    pub(crate) fn boolean(&mut self, name: &str) -> Result<Option<bool>, ApiError> {
+        self.typed(name, "true or false", |v| v.as_bool())
+    }
+
+    pub(crate) fn number(&mut self, name: &str) -> Result<Option<f32>, ApiError> {
+        self.typed(name, "a number", |v| v.as_f64().map(|x| x as f32))
+    }
+
+    /// A whole number of 0 or more.
+    pub(crate) fn count(&mut self, name: &str) -> Result<Option<usize>, ApiError> {
+        self.typed(name, "a whole number of 0 or more", |v| v.as_u64().and_then(|n| usize::try_from(n).ok()))
+    }
+
+    /// A whole number of 64 bits, with a sign or without.
+    pub(crate) fn whole(&mut self, name: &str) -> Result<Option<u64>, ApiError> {
+        self.typed(name, "a whole number", |v| v.as_u64().or(v.as_i64().map(i64::cast_unsigned)))
+    }
+
+    pub(crate) fn string(&mut self, name: &str) -> Result<Option<String>, ApiError> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::String(s)) => Ok(Some(s)),
+            Some(other) => Err(wrong(&self.name(name), "a string", &other)),
+        }
+    }
+
+    pub(crate) fn list(&mut self, name: &str) -> Result<Option<Vec<Value>>, ApiError> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::Array(list)) => Ok(Some(list)),
+            Some(other) => Err(wrong(&self.name(name), "a list", &other)),
+        }
+    }
+
+    pub(crate) fn object(&mut self, name: &str) -> Result<Option<Map<String, Value>>, ApiError> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(map)),
+            Some(other) => Err(wrong(&self.name(name), "an object", &other)),
+        }
+    }
+
+    /// A field that this server has only one value of; anything else is an error that names it.
+    pub(crate) fn only(&mut self, name: &str, supported: &[Value]) -> Result<(), ApiError> {
+        match self.take(name) {
+            Some(value) if !supported.contains(&value) => {
+                Err(ApiError::unsupported(self.name(name), "is not supported by this server"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The names of the fields that are left.
+    pub(crate) fn finish(self) -> Result<(), ApiError> {
+        match self.map.iter().find(|(_, v)| !v.is_null()) {
+            Some((name, _)) => {
+                let short: String = name.chars().take(100).collect();
+                Err(ApiError::unsupported(format!("{}{short}", self.path), "is not a field that this server knows"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn typed<T>(&mut self, name: &str, want: &str, read: fn(&Value) -> Option<T>) -> Result<Option<T>, ApiError> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(value) => match read(&value) {
+                Some(x) => Ok(Some(x)),
+                None => Err(wrong(&self.name(name), want, &value)),
+            },
+        }
+    }
+}
+
+/// A value of the wrong type. Numbers are short and say what is wrong; texts may be prompts.
+pub(crate) fn wrong(param: &str, want: &str, found: &Value) -> ApiError {
+    match found {
+        Value::Number(n) => ApiError::invalid(param, format!("must be {want}, found {n}")),
+        other => ApiError::invalid(param, format!("must be {want}, found {}", kind(other))),
+    }
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
