@@ -68,9 +68,7 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
 fn print_row(out: &mut impl Write, r: &Row, f: &Footprint, limit: f64) -> Result<(), Failure> {
     let spread = format!("{:.0}-{:.0}", r.spread.0, r.spread.1);
     let (bytes, rate, part) = match r.bytes_per_second {
-        Some(b) => {
-            (size(f.bytes_per_token), format!("{:.2}", b / 1e9), format!("{:.0}", b / limit * 100.0))
-        }
+        Some(b) => (size(f.bytes_per_token), format!("{:.2}", b / 1e9), format!("{:.0}", b / limit * 100.0)),
         None => ("-".into(), "-".into(), "-".into()),
     };
     writeln!(
@@ -90,13 +88,7 @@ struct Run {
 }
 
 impl Run {
-    fn measure(
-        &self,
-        model: &mut DeepSeek,
-        test: &str,
-        repeat: u16,
-        f: &Footprint,
-    ) -> Result<Row, Failure> {
+    fn measure(&self, model: &mut DeepSeek, test: &str, repeat: u16, f: &Footprint) -> Result<Row, Failure> {
         self.once(model)?; // warms caches and pages
         let mut rates = Vec::new();
         for _ in 0..repeat {

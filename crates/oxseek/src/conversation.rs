@@ -15,9 +15,10 @@ pub fn message(role: &str, content: &str) -> Value {
 
 /// Tokens of a conversation, and whether the answer begins inside the model's thinking.
 pub fn chat_prompt(opened: &Opened, messages: &[Value], think: bool) -> Result<(Vec<u32>, bool), Failure> {
-    let template = opened.template.as_ref().ok_or_else(|| {
-        Failure::Usage("this model has no chat template: use `oxseek run --raw`".into())
-    })?;
+    let template = opened
+        .template
+        .as_ref()
+        .ok_or_else(|| Failure::Usage("this model has no chat template: use `oxseek run --raw`".into()))?;
     let tokenizer = opened.engine.tokenizer();
     let mut extra = Map::new();
     extra.insert("thinking".into(), think.into());
@@ -48,8 +49,9 @@ pub fn submit(opened: &Opened, prompt: Vec<u32>, args: &SamplingArgs) -> Result<
     sampling.min_p = args.min_p.unwrap_or(sampling.min_p);
     sampling.seed = args.seed;
     let request = Request { prompt, max_tokens: args.max_tokens, sampling, ..Request::default() };
-    let valid =
-        request.validate(opened.engine.limits()).map_err(|e| Failure::Usage(format!("{}: {}", e.field, e.message)))?;
+    let valid = request
+        .validate(opened.engine.limits())
+        .map_err(|e| Failure::Usage(format!("{}: {}", e.field, e.message)))?;
     opened.engine.submit(valid).map_err(|e| match e {
         SubmitError::Busy => Failure::Run("the engine is busy".into()),
         SubmitError::Stopped => Failure::Run("the engine has stopped".into()),

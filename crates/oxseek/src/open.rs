@@ -65,7 +65,9 @@ pub fn context_tokens(args: &ModelArgs, checkpoint: &Checkpoint) -> Result<usize
     match args.ctx {
         None => Ok(most.min(CONTEXT_TOKENS_DEFAULT)),
         Some(0) => Err(Failure::Usage("--ctx must be at least 1".into())),
-        Some(n) if n > most => Err(Failure::Usage(format!("--ctx {n}: this model was made for {most} tokens"))),
+        Some(n) if n > most => {
+            Err(Failure::Usage(format!("--ctx {n}: this model was made for {most} tokens")))
+        }
         Some(n) => Ok(n),
     }
 }
@@ -86,8 +88,7 @@ pub fn start_engine(
 ) -> Result<Opened, Failure> {
     let broken = |e: &dyn std::fmt::Display| Failure::Model(e.to_string());
     let file = |name: &str| checkpoint.file(name);
-    let tokenizer_json =
-        file("tokenizer.json").ok_or_else(|| broken(&"the folder has no tokenizer.json"))?;
+    let tokenizer_json = file("tokenizer.json").ok_or_else(|| broken(&"the folder has no tokenizer.json"))?;
     let tokenizer = Tokenizer::from_bytes(tokenizer_json, file("tokenizer_config.json"))
         .map_err(|e| broken(&format!("tokenizer.json: {e}")))?;
     let template = ChatTemplate::from_files(file("tokenizer_config.json"), file("chat_template.jinja"))
@@ -131,8 +132,8 @@ pub fn start_engine(
 fn recommended_sampling(generation_config: Option<&[u8]>) -> Result<Sampling, Failure> {
     let mut sampling = Sampling::default();
     let Some(bytes) = generation_config else { return Ok(sampling) };
-    let config: serde_json::Value = serde_json::from_slice(bytes)
-        .map_err(|e| Failure::Model(format!("generation_config.json: {e}")))?;
+    let config: serde_json::Value =
+        serde_json::from_slice(bytes).map_err(|e| Failure::Model(format!("generation_config.json: {e}")))?;
     if config["do_sample"] == false {
         sampling.temperature = 0.0;
         return Ok(sampling);

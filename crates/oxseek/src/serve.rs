@@ -38,7 +38,7 @@ async fn listen(args: ServeArgs) -> Result<(), Failure> {
             Ok::<_, Failure>(engine)
         }
     });
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let (give_up, given_up) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(oxseek_server::serve(listener, state, async move {
         tokio::select! {
             () = interrupted() => {
@@ -48,12 +48,14 @@ async fn listen(args: ServeArgs) -> Result<(), Failure> {
                     std::process::exit(130);
                 });
             }
-            _ = stopped => {}
+            Ok(()) = given_up => {}
         }
     }));
     let engine = loading.await.map_err(|e| Failure::Run(e.to_string()))?;
     // A server whose model did not load must not stay up and say "loading" for ever.
-    let engine = engine.inspect_err(|_| drop(stop))?;
+    let engine = engine.inspect_err(|_| {
+        let _ = give_up.send(());
+    })?;
     let result = server.await.map_err(|e| Failure::Run(e.to_string()))?;
     engine.shutdown();
     result.map_err(Failure::from)

@@ -23,16 +23,27 @@ pub(crate) async fn metrics(State(state): State<AppState>) -> Result<impl IntoRe
         ("requests_finished_total", "counter", "Requests that ended with all answers", s.finished as f64),
         ("requests_cancelled_total", "counter", "Requests whose client left", s.cancelled as f64),
         ("requests_failed_total", "counter", "Requests that failed", s.failed as f64),
-        ("requests_rejected_total", "counter", "Requests refused because the queue was full", s.rejected as f64),
+        (
+            "requests_rejected_total",
+            "counter",
+            "Requests refused because the queue was full",
+            s.rejected as f64,
+        ),
         ("prompt_tokens_total", "counter", "Prompt tokens of accepted requests", s.prompt_tokens as f64),
         ("generated_tokens_total", "counter", "Tokens that were generated", s.generated_tokens as f64),
         ("time_to_first_token_seconds_sum", "counter", "Sum of times to first token", seconds(s.ttft_micros)),
-        ("time_to_first_token_seconds_count", "counter", "Requests with a first token", s.first_tokens as f64),
+        (
+            "time_to_first_token_seconds_count",
+            "counter",
+            "Requests with a first token",
+            s.first_tokens as f64,
+        ),
     ];
     let mut text = String::new();
     for (name, kind, help, value) in rows {
         // Writing to a string cannot fail.
-        let _ = writeln!(text, "# HELP oxseek_{name} {help}\n# TYPE oxseek_{name} {kind}\noxseek_{name} {value}");
+        let _ =
+            writeln!(text, "# HELP oxseek_{name} {help}\n# TYPE oxseek_{name} {kind}\noxseek_{name} {value}");
     }
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text))
 }

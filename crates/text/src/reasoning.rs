@@ -103,7 +103,11 @@ mod tests {
         ];
         for (thinking, text, reasoning, content) in cases {
             for piece in 1..=text.len() {
-                assert_eq!(split(thinking, text, piece), (reasoning.into(), content.into()), "{text:?} by {piece}");
+                assert_eq!(
+                    split(thinking, text, piece),
+                    (reasoning.into(), content.into()),
+                    "{text:?} by {piece}"
+                );
             }
         }
     }

@@ -125,7 +125,11 @@ impl Answer {
                     self.open -= 1;
                 }
                 Some(Event::Failed { message }) => return Some(Err(ApiError::failed(message))),
-                None => return Some(Err(ApiError::failed("the answer was cut: its reader stood still for too long"))),
+                None => {
+                    return Some(Err(ApiError::failed(
+                        "the answer was cut: its reader stood still for too long",
+                    )));
+                }
             }
         }
         None
@@ -142,7 +146,8 @@ impl Answer {
                 }
             }
         }
-        let choices: Vec<Value> = whole.into_iter().enumerate().map(|(i, w)| self.whole_choice(i, w)).collect();
+        let choices: Vec<Value> =
+            whole.into_iter().enumerate().map(|(i, w)| self.whole_choice(i, w)).collect();
         let object = if self.is_chat() { "chat.completion" } else { "text_completion" };
         let mut answer = self.frame(object, choices);
         answer["usage"] = usage_json(&self.usage);
@@ -151,7 +156,8 @@ impl Answer {
 
     fn whole_choice(&mut self, index: usize, whole: Whole) -> Value {
         let logprobs = if self.logprobs { self.logprobs_json(index, &whole.tokens) } else { Value::Null };
-        let mut choice = json!({"index": index, "logprobs": logprobs, "finish_reason": whole.reason.map(reason_json)});
+        let mut choice =
+            json!({"index": index, "logprobs": logprobs, "finish_reason": whole.reason.map(reason_json)});
         if self.is_chat() {
             let mut message = json!({"role": "assistant", "content": whole.content, "refusal": null});
             if !whole.reasoning.is_empty() {
@@ -223,7 +229,8 @@ impl Answer {
                 true => self.logprobs_json(index, &tokens),
                 false => Value::Null,
             };
-            let mut choice = json!({"index": index, "logprobs": logprobs, "finish_reason": reason.map(reason_json)});
+            let mut choice =
+                json!({"index": index, "logprobs": logprobs, "finish_reason": reason.map(reason_json)});
             choice[if self.is_chat() { "delta" } else { "text" }] = payload;
             let mut chunk = self.frame(self.chunk_object(), vec![choice]);
             if include_usage {

@@ -100,7 +100,9 @@ fn logprobs(fields: &mut Fields, model: &Model) -> Result<Option<usize>, ApiErro
     let top = fields.count("top_logprobs")?;
     let most = model.engine.limits().logprobs_max;
     match (wanted, top) {
-        (_, Some(n)) if n > most => Err(ApiError::invalid("top_logprobs", format!("{n} is more than {most}"))),
+        (_, Some(n)) if n > most => {
+            Err(ApiError::invalid("top_logprobs", format!("{n} is more than {most}")))
+        }
         (false, Some(1..)) => Err(ApiError::invalid("top_logprobs", "needs logprobs: true")),
         (true, top) => Ok(Some(top.unwrap_or(0))),
         (false, _) => Ok(None),
@@ -131,7 +133,10 @@ fn messages(fields: &mut Fields) -> Result<Vec<Value>, ApiError> {
         return Err(ApiError::invalid("messages", "must hold at least one message"));
     }
     if list.len() > MESSAGES_MAX {
-        return Err(ApiError::invalid("messages", format!("has {} messages, at most {MESSAGES_MAX}", list.len())));
+        return Err(ApiError::invalid(
+            "messages",
+            format!("has {} messages, at most {MESSAGES_MAX}", list.len()),
+        ));
     }
     list.into_iter().enumerate().map(|(i, m)| message(m, &format!("messages[{i}]"))).collect()
 }
@@ -144,7 +149,9 @@ fn message(value: Value, path: &str) -> Result<Value, ApiError> {
         "system" | "developer" => "system",
         "user" => "user",
         "assistant" => "assistant",
-        "tool" | "function" => return Err(ApiError::unsupported(fields.name("role"), "tools are not supported")),
+        "tool" | "function" => {
+            return Err(ApiError::unsupported(fields.name("role"), "tools are not supported"));
+        }
         _ => {
             let roles = "must be system, developer, user or assistant";
             return Err(ApiError::invalid(fields.name("role"), roles));

@@ -94,7 +94,8 @@ impl Prompt {
             Self::Tokens(ids) => Ok(ids),
             Self::Text(text) => {
                 let begins = text.starts_with(&model.bos);
-                let mut ids: Vec<u32> = tokenizer.token_id(&model.bos).filter(|_| !begins).into_iter().collect();
+                let mut ids: Vec<u32> =
+                    tokenizer.token_id(&model.bos).filter(|_| !begins).into_iter().collect();
                 let encoded = tokenizer.encode(&text, ControlTokens::Parse);
                 ids.extend(encoded.map_err(|e| ApiError::invalid("prompt", e.to_string()))?);
                 Ok(ids)
@@ -126,7 +127,10 @@ fn prompts(fields: &mut Fields) -> Result<Vec<Prompt>, ApiError> {
         return Ok(vec![Prompt::Tokens(token_ids(list, "prompt")?)]);
     }
     if list.len() > PROMPTS_MAX {
-        return Err(ApiError::invalid("prompt", format!("has {} prompts, at most {PROMPTS_MAX}", list.len())));
+        return Err(ApiError::invalid(
+            "prompt",
+            format!("has {} prompts, at most {PROMPTS_MAX}", list.len()),
+        ));
     }
     list.into_iter()
         .map(|v| match v {

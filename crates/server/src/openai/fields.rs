@@ -14,8 +14,8 @@ pub(crate) struct Fields {
 impl Fields {
     /// The body of a request.
     pub(crate) fn from_body(body: &[u8]) -> Result<Self, ApiError> {
-        let value: Value =
-            serde_json::from_slice(body).map_err(|e| ApiError::body(format!("the body is not valid JSON: {e}")))?;
+        let value: Value = serde_json::from_slice(body)
+            .map_err(|e| ApiError::body(format!("the body is not valid JSON: {e}")))?;
         match value {
             Value::Object(map) => Ok(Self { map, path: String::new() }),
             other => Err(ApiError::body(format!("the body must be a JSON object, found {}", kind(&other)))),
@@ -97,13 +97,21 @@ impl Fields {
         match self.map.iter().find(|(_, v)| !v.is_null()) {
             Some((name, _)) => {
                 let short: String = name.chars().take(100).collect();
-                Err(ApiError::unsupported(format!("{}{short}", self.path), "is not a field that this server knows"))
+                Err(ApiError::unsupported(
+                    format!("{}{short}", self.path),
+                    "is not a field that this server knows",
+                ))
             }
             None => Ok(()),
         }
     }
 
-    fn typed<T>(&mut self, name: &str, want: &str, read: fn(&Value) -> Option<T>) -> Result<Option<T>, ApiError> {
+    fn typed<T>(
+        &mut self,
+        name: &str,
+        want: &str,
+        read: fn(&Value) -> Option<T>,
+    ) -> Result<Option<T>, ApiError> {
         match self.take(name) {
             None => Ok(None),
             Some(value) => match read(&value) {

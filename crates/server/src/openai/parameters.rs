@@ -24,7 +24,9 @@ pub(crate) fn check_model(fields: &mut Fields, model: &Model) -> Result<(), ApiE
 /// `stream` and `stream_options`.
 pub(crate) fn streaming(fields: &mut Fields) -> Result<Streaming, ApiError> {
     let stream = fields.boolean("stream")?.unwrap_or(false);
-    let Some(options) = fields.take("stream_options") else { return Ok(Streaming { stream, include_usage: false }) };
+    let Some(options) = fields.take("stream_options") else {
+        return Ok(Streaming { stream, include_usage: false });
+    };
     if !stream {
         return Err(ApiError::invalid("stream_options", "needs stream: true"));
     }
@@ -43,7 +45,8 @@ pub(crate) fn generation(fields: &mut Fields, request: &mut Request) -> Result<(
     s.top_k = fields.count("top_k")?.unwrap_or(s.top_k);
     s.min_p = fields.number("min_p")?.unwrap_or(s.min_p);
     s.typical_p = fields.number("typical_p")?.unwrap_or(s.typical_p);
-    s.repetition_penalty = either(fields, "repetition_penalty", "repeat_penalty", Fields::number)?.unwrap_or(1.0);
+    s.repetition_penalty =
+        either(fields, "repetition_penalty", "repeat_penalty", Fields::number)?.unwrap_or(1.0);
     s.penalty_window = fields.count("repeat_last_n")?.unwrap_or(0);
     s.presence_penalty = fields.number("presence_penalty")?.unwrap_or(0.0);
     s.frequency_penalty = fields.number("frequency_penalty")?.unwrap_or(0.0);
