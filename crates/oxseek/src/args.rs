@@ -149,7 +149,8 @@ pub struct BenchArgs {
     #[arg(short = 'n', long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub generate: u32,
     /// Sequences that run together
-    #[arg(short, long, default_value = "1,8", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(short, long, default_value = "1,8", value_delimiter = ',')]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
     pub batch: Vec<u16>,
     /// Runs of each test; the median counts
     #[arg(short, long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]

@@ -102,7 +102,7 @@ impl Run {
             tokens_per_second: rate,
             spread: (rates[0], rates[rates.len() - 1]),
             // With one sequence each token reads all active weights; in a batch they share reads.
-            bytes_per_second: (!self.prefill && self.batch == 1).then(|| rate * f.bytes_per_token as f64),
+            bytes_per_second: (!self.prefill && self.batch == 1).then_some(rate * f.bytes_per_token as f64),
         })
     }
 

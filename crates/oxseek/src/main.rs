@@ -33,9 +33,8 @@ fn main() -> ExitCode {
         Command::Selftest(a) => selftest::selftest(&a),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
         // A reader that left (`oxseek run ... | head -1`) is no error of ours.
-        Err(Failure::OutputClosed) => ExitCode::SUCCESS,
+        Ok(()) | Err(Failure::OutputClosed) => ExitCode::SUCCESS,
         Err(failure) => {
             eprintln!("oxseek: {failure}");
             failure.exit_code()

@@ -69,7 +69,8 @@ impl Figures {
     }
 
     /// The heading of the table that [`Figures`] prints a row of.
-    pub const HEADING: &str = "fixture                      logits   bound  router sets  weights  greedy  chunked   single  absorbed  batched      mtp";
+    pub const HEADING: &str = "fixture                      logits   bound  router sets  weights  greedy  \
+        chunked   single  absorbed  batched      mtp";
 }
 
 impl fmt::Display for Figures {

@@ -40,14 +40,14 @@ pub async fn serve(
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { break };
         let stream = tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
-                // Out of file descriptors, or a peer that left in the handshake: later ones may work.
-                Err(_) => {
+            accepted = listener.accept() => {
+                let Ok((stream, _)) = accepted else {
+                    // Out of file descriptors, or a peer that left in the handshake: later ones may work.
                     tokio::time::sleep(std::time::Duration::from_millis(50)).await;
                     continue;
-                }
-            },
+                };
+                stream
+            }
             () = &mut shutdown => break,
         };
         // Small pieces of a stream must not wait for each other.

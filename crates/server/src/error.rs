@@ -64,7 +64,8 @@ impl ApiError {
     }
 
     pub(crate) fn no_such_route() -> Self {
-        let message = "no such path; this server has /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics";
+        let message =
+            "no such path; there are /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics";
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
     }
 

@@ -302,7 +302,8 @@ mod tests {
             (r#"{"model":{"type":"Unigram"}}"#, "model is Unigram, supported is BPE"),
             (r#"{"model":{"type":"BPE"}}"#, "decoder is none, supported is ByteLevel"),
             (
-                r#"{"model":{"type":"BPE"},"decoder":{"type":"ByteLevel"},"added_tokens":[{"id":1,"content":"x","lstrip":true}]}"#,
+                r#"{"model":{"type":"BPE"},"decoder":{"type":"ByteLevel"},
+                    "added_tokens":[{"id":1,"content":"x","lstrip":true}]}"#,
                 "lstrip",
             ),
             (r#"{"model":{"type":"BPE"},"decoder":{"type":"ByteLevel"},"added_tokens":7}"#, "added_tokens"),

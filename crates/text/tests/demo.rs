@@ -53,8 +53,8 @@ fn conversations_render_as_deepseek_v31_does() {
             render(
                 &[
                     user("Weather?"),
-                    json!({"role": "assistant", "content": null, "tool_calls": [
-                        {"type": "function", "function": {"name": "w", "arguments": {"city": "Zürich", "n": [1, 2]}}}]}),
+                    json!({"role": "assistant", "content": null, "tool_calls": [{"type": "function", "function":
+                        {"name": "w", "arguments": {"city": "Zürich", "n": [1, 2]}}}]}),
                     json!({"role": "tool", "content": "sunny"}),
                 ],
                 Some(
@@ -62,7 +62,8 @@ fn conversations_render_as_deepseek_v31_does() {
                 ),
                 false,
             ),
-            "## Tools\nYou have access to the following tools:\n\n### w\nDescription: \n\nParameters: {\"type\": \"object\"}\
+            "## Tools\nYou have access to the following tools:\n\n### w\nDescription: \n\n\
+             Parameters: {\"type\": \"object\"}\
              <｜User｜>Weather?<｜Assistant｜></think><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>w<｜tool▁sep｜>\
              {\"city\": \"Zürich\", \"n\": [1, 2]}<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>\
              <｜tool▁output▁begin｜>sunny<｜tool▁output▁end｜>",

@@ -1,4 +1,4 @@
-//! `config.json`: what the model is (deepseek.md section 1.1). Every field is checked here, once.
+//! `config.json`: what the model is. Every field is checked here, once.
 
 use oxseek_tensor::backend::Scoring;
 use serde_json::{Map, Value};

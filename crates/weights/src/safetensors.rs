@@ -1,4 +1,4 @@
-//! The safetensors container (deepseek.md section 4.1): a JSON header of names, types, shapes and byte ranges, then
+//! The safetensors container: a JSON header of names, types, shapes and byte ranges, then
 //! the bytes. Everything the header claims is proven against the real file before any tensor can be taken.
 
 use std::{collections::BTreeMap, fmt, ops::Range};

@@ -289,7 +289,7 @@ impl FfnScratch {
 }
 
 impl Choice {
-    /// Expert ids by descending choice score, and their weights (deepseek.md section 3.1).
+    /// Expert ids by descending choice score, and their weights.
     fn choose(
         &mut self,
         shape: &RouterShape,

@@ -27,9 +27,9 @@ unsafe fn halves(h: uint16x4_t) -> float32x4_t {
     }
 }
 
-// SAFETY of every block below: NEON is part of the aarch64 baseline, and pointers have the readable or writable elements
-// that the trait asks for; NEON loads and stores of bytes and F32 need no more than element alignment, which `vld1`
-// does not trap on.
+// SAFETY of every block below: NEON is part of the aarch64 baseline, and pointers have the readable or writable
+// elements that the trait asks for; NEON loads and stores of bytes and F32 need no more than element alignment, which
+// `vld1` does not trap on.
 impl Simd for V {
     const LANES: usize = 4;
     const TILE_TOKENS: usize = 4;

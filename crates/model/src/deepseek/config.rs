@@ -4,7 +4,7 @@ use oxseek_tensor::backend::{GroupScore, MlaShape, RouterShape};
 use oxseek_weights::{ModelConfig, TopkMethod, Yarn};
 
 /// Epsilon of the two latent norms. The modelling code that the weights were trained with builds them with its
-/// class default, whatever `rms_norm_eps` says (deepseek.md section 2.2).
+/// class default, whatever `rms_norm_eps` says.
 pub const LATENT_NORM_EPS: f32 = 1e-6;
 
 /// Sizes of the attention of every layer.
@@ -38,7 +38,7 @@ pub fn router_shape(c: &ModelConfig) -> RouterShape {
     }
 }
 
-/// Rotary frequencies and what cos and sin are multiplied with (YaRN paper, section 3; deepseek.md section 6).
+/// Rotary frequencies and what cos and sin are multiplied with (YaRN paper, section 3).
 pub fn rope_frequencies(c: &ModelConfig) -> (Vec<f32>, f32) {
     let dim = c.qk_rope_head_dim;
     let plain = |i: usize| c.rope_theta.powf(-2.0 * i as f64 / dim as f64);

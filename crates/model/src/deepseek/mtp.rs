@@ -1,4 +1,4 @@
-//! The multi-token-prediction module (DeepSeek-V3 paper, section 2.2; deepseek.md section 5).
+//! The multi-token-prediction module (DeepSeek-V3 paper, section 2.2).
 
 use oxseek_tensor::{
     Backend, Error,

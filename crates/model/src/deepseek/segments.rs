@@ -19,7 +19,7 @@ fn mode_of(shape: &MlaShape, position: usize, prompt: usize) -> AttendMode {
     }
     let start = position / CELL_TOKENS * CELL_TOKENS;
     let rows = CELL_TOKENS.min(prompt - start);
-    // Multiply-adds per head for the cell (deepseek.md section 2.5); expanded rows are made anew per step.
+    // Multiply-adds per head for the cell; expanded rows are made anew per step.
     let keys = start + rows / 2;
     let expansion = shape.latent * (shape.nope + shape.value);
     let expanded = rows * keys * (shape.nope + shape.rope + shape.value) + (start + rows) * expansion;

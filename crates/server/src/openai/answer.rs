@@ -149,7 +149,7 @@ impl Answer {
         let choices: Vec<Value> =
             whole.into_iter().enumerate().map(|(i, w)| self.whole_choice(i, w)).collect();
         let object = if self.is_chat() { "chat.completion" } else { "text_completion" };
-        let mut answer = self.frame(object, choices);
+        let mut answer = self.frame(object, &choices);
         answer["usage"] = usage_json(&self.usage);
         Ok(answer)
     }
@@ -197,7 +197,7 @@ impl Answer {
                     None => {
                         s.ended = true;
                         if s.include_usage {
-                            let mut last = s.answer.frame(s.answer.chunk_object(), Vec::new());
+                            let mut last = s.answer.frame(s.answer.chunk_object(), &[]);
                             last["usage"] = usage_json(&s.answer.usage);
                             s.ready.push_back(sse(&last));
                         }
@@ -225,14 +225,15 @@ impl Answer {
             Piece::Done { reason, .. } => payloads.push((self.delta(Vec::new()), Vec::new(), Some(reason))),
         }
         for (payload, tokens, reason) in payloads {
-            let logprobs = match self.logprobs && !tokens.is_empty() {
-                true => self.logprobs_json(index, &tokens),
-                false => Value::Null,
+            let logprobs = if self.logprobs && !tokens.is_empty() {
+                self.logprobs_json(index, &tokens)
+            } else {
+                Value::Null
             };
             let mut choice =
                 json!({"index": index, "logprobs": logprobs, "finish_reason": reason.map(reason_json)});
             choice[if self.is_chat() { "delta" } else { "text" }] = payload;
-            let mut chunk = self.frame(self.chunk_object(), vec![choice]);
+            let mut chunk = self.frame(self.chunk_object(), &[choice]);
             if include_usage {
                 chunk["usage"] = Value::Null;
             }
@@ -253,7 +254,7 @@ impl Answer {
         delta.into()
     }
 
-    fn frame(&self, object: &str, choices: Vec<Value>) -> Value {
+    fn frame(&self, object: &str, choices: &[Value]) -> Value {
         json!({
             "id": self.id,
             "object": object,

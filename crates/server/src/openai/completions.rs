@@ -124,7 +124,7 @@ fn prompts(fields: &mut Fields) -> Result<Vec<Prompt>, ApiError> {
         return Err(ApiError::invalid("prompt", "is empty"));
     }
     if list[0].is_number() {
-        return Ok(vec![Prompt::Tokens(token_ids(list, "prompt")?)]);
+        return Ok(vec![Prompt::Tokens(token_ids(&list, "prompt")?)]);
     }
     if list.len() > PROMPTS_MAX {
         return Err(ApiError::invalid(
@@ -135,7 +135,7 @@ fn prompts(fields: &mut Fields) -> Result<Vec<Prompt>, ApiError> {
     list.into_iter()
         .map(|v| match v {
             Value::String(text) => Ok(Prompt::Text(text)),
-            Value::Array(ids) => Ok(Prompt::Tokens(token_ids(ids, "prompt")?)),
+            Value::Array(ids) => Ok(Prompt::Tokens(token_ids(&ids, "prompt")?)),
             other => Err(wrong("prompt", want, &other)),
         })
         .collect()

@@ -41,7 +41,7 @@ impl Fields {
     }
 
     pub(crate) fn boolean(&mut self, name: &str) -> Result<Option<bool>, ApiError> {
-        self.typed(name, "true or false", |v| v.as_bool())
+        self.typed(name, "true or false", Value::as_bool)
     }
 
     pub(crate) fn number(&mut self, name: &str) -> Result<Option<f32>, ApiError> {

@@ -54,7 +54,7 @@ pub(crate) fn generation(fields: &mut Fields, request: &mut Request) -> Result<(
     s.seed = fields.whole("seed")?;
     request.n = fields.count("n")?.unwrap_or(1);
     request.stop = stop(fields)?;
-    request.stop_tokens = token_ids(fields.list("stop_token_ids")?.unwrap_or_default(), "stop_token_ids")?;
+    request.stop_tokens = token_ids(&fields.list("stop_token_ids")?.unwrap_or_default(), "stop_token_ids")?;
     request.ignore_eos = fields.boolean("ignore_eos")?.unwrap_or(false);
     request.keep_special = !fields.boolean("skip_special_tokens")?.unwrap_or(true);
     Ok(())
@@ -84,7 +84,7 @@ pub(crate) fn either<T: PartialEq>(
 }
 
 /// A list of token ids.
-pub(crate) fn token_ids(list: Vec<Value>, param: &str) -> Result<Vec<u32>, ApiError> {
+pub(crate) fn token_ids(list: &[Value], param: &str) -> Result<Vec<u32>, ApiError> {
     list.iter()
         .map(|v| v.as_u64().and_then(|n| u32::try_from(n).ok()).ok_or_else(|| wrong(param, "token ids", v)))
         .collect()

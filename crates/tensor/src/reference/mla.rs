@@ -1,5 +1,5 @@
 //! Multi-head latent attention over the paged latent cache (DeepSeek-V2 paper, section 2.1; absorbed form:
-//! appendix of the same, and deepseek.md section 2).
+//! appendix of the same).
 
 use super::{Matrix, ReferenceBackend, matmul::dot, norm::rms, rope::rotate};
 use crate::{

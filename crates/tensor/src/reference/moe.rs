@@ -1,4 +1,4 @@
-//! SwiGLU MLP, router and mixture of experts (DeepSeek-V3 paper, section 2.1.2; deepseek.md section 3).
+//! SwiGLU MLP, router and mixture of experts (DeepSeek-V3 paper, section 2.1.2).
 
 use super::{
     Matrix, ReferenceBackend,
@@ -187,7 +187,7 @@ mod tests {
         }
     }
 
-    /// The worked example of deepseek.md section 3.1.
+    /// A worked example: V3 rules and V2 rules on the same logits.
     #[test]
     fn noaux_tc_chooses_with_the_bias_and_weighs_without() {
         let shape = RouterShape {
