@@ -37,6 +37,13 @@ impl ApiError {
         Self { code: Some("unsupported_parameter"), ..Self::invalid(param, message) }
     }
 
+    /// What the engine refused; `param` is the field's name on this route.
+    pub(crate) fn refused(param: &str, e: &RequestError) -> Self {
+        let too_long = e.field == "prompt" && e.message.contains("context");
+        let code = if too_long { "context_length_exceeded" } else { "invalid_value" };
+        Self { code: Some(code), ..Self::invalid(param, e.message.as_str()) }
+    }
+
     /// A body that is no JSON object.
     pub(crate) fn body(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
@@ -104,9 +111,7 @@ impl ApiError {
 
 impl From<RequestError> for ApiError {
     fn from(e: RequestError) -> Self {
-        let too_long = e.field == "prompt" && e.message.contains("context");
-        let code = if too_long { "context_length_exceeded" } else { "invalid_value" };
-        Self { code: Some(code), ..Self::invalid(e.field, e.message) }
+        Self::refused(e.field, &e)
     }
 }
 

@@ -67,14 +67,13 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
     fields.finish()?;
     let thinking = render(model, &messages, &extra, &mut request)?;
     let (n, logprobs) = (request.n, request.logprobs.is_some());
-    let request = request.validate(model.engine.limits()).map_err(|mut e| {
-        e.field = match e.field {
-            "prompt" => "messages",
-            "logprobs" => "top_logprobs",
-            other => other,
-        };
-        ApiError::from(e)
-    })?;
+    let named = |field| match field {
+        "prompt" => "messages",
+        "logprobs" => "top_logprobs",
+        other => other,
+    };
+    let request =
+        request.validate(model.engine.limits()).map_err(|e| ApiError::refused(named(e.field), &e))?;
     Ok(Prepared { request, n, logprobs, thinking, streaming })
 }
 

@@ -1,0 +1,171 @@
+//! The life of a server and of its requests: loading, streams side by side, clients that leave, a full queue, the end.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+};
+
+use common::{Server, post_bytes, wait_until};
+use serde_json::{Value, json};
+
+const CHAT: &str = "/v1/chat/completions";
+
+fn story(about: &str, tokens: usize, stream: bool) -> Vec<u8> {
+    let body = json!({
+        "messages": [{"role": "user", "content": format!("Tell me a story about {about}.")}],
+        "temperature": 0, "max_tokens": tokens, "ignore_eos": true, "stream": stream,
+    });
+    post_bytes(CHAT, body.to_string().as_bytes())
+}
+
+/// The JSON of each event of a stream, which must be framed as OpenAI frames it and end with `[DONE]`.
+fn events(body: &str) -> Vec<Value> {
+    let mut frames: Vec<&str> = body.split("\n\n").collect();
+    assert_eq!(frames.pop(), Some(""), "a frame ends with an empty line: {body}");
+    assert_eq!(frames.pop(), Some("data: [DONE]"), "{body}");
+    frames.iter().map(|f| serde_json::from_str(f.strip_prefix("data: ").unwrap()).unwrap()).collect()
+}
+
+fn text_of(events: &[Value]) -> String {
+    events.iter().filter_map(|e| e["choices"][0]["delta"]["content"].as_str()).collect()
+}
+
+/// Reads until the answer's first text has come.
+fn read_first_text(stream: &mut TcpStream) {
+    let mut seen = Vec::new();
+    let mut buffer = [0; 4096];
+    while !String::from_utf8_lossy(&seen).contains("\"content\":\"O") {
+        let n = stream.read(&mut buffer).unwrap();
+        assert!(n > 0, "{}", String::from_utf8_lossy(&seen));
+        seen.extend(&buffer[..n]);
+    }
+}
+
+#[test]
+fn a_server_that_loads_says_so_and_is_ready_later() {
+    let server = Server::loading();
+    assert_eq!(server.get("/").status, 200);
+    for path in ["/health", "/v1/models", "/metrics"] {
+        let answer = server.get(path);
+        assert_eq!(answer.status, 503, "{answer:?}");
+        assert!(answer.head.contains("retry-after: "), "{answer:?}");
+        assert!(answer.json()["error"]["message"].as_str().unwrap().contains("loading"));
+    }
+    assert_eq!(server.raw(&story("a cat", 1, false)).status, 503);
+    let engine = server.load(2, 2);
+    assert_eq!(server.get("/health").status, 200);
+    assert_eq!(server.get("/v1/models").json()["data"][0]["id"], "oxseek-demo");
+    assert_eq!(server.raw(&story("a cat", 1, false)).status, 200);
+    engine.shutdown();
+    assert_eq!(server.get("/health").status, 503);
+    assert_eq!(server.raw(&story("a cat", 1, false)).status, 503);
+}
+
+#[test]
+fn a_stream_is_framed_as_openai_frames_it() {
+    let (server, _engine) = Server::ready(2, 2);
+    let body = json!({
+        "messages": [{"role": "user", "content": "Tell me a story."}], "temperature": 0, "max_tokens": 20,
+        "stream": true, "stream_options": {"include_usage": true}, "n": 2,
+    });
+    let answer = server.post(CHAT, body.to_string().as_bytes());
+    assert!(answer.head.contains("content-type: text/event-stream"), "{answer:?}");
+    let events = events(&answer.body);
+    for index in 0..2 {
+        let of: Vec<&Value> =
+            events.iter().filter(|e| e["choices"][0]["index"] == index).map(|e| &e["choices"][0]).collect();
+        assert_eq!(of[0]["delta"], json!({"role": "assistant", "content": "", "refusal": null}));
+        let reasons: Vec<&Value> = of.iter().map(|c| &c["finish_reason"]).filter(|r| !r.is_null()).collect();
+        assert_eq!(reasons, ["length"]);
+        assert_eq!(of.last().unwrap()["finish_reason"], "length");
+    }
+    let (usage, others) = events.split_last().unwrap();
+    assert_eq!((&usage["choices"], &usage["usage"]["completion_tokens"]), (&json!([]), &json!(40)));
+    for e in others {
+        assert!(e["usage"].is_null() && e["object"] == "chat.completion.chunk", "{e}");
+        assert_eq!(e["id"], usage["id"]);
+    }
+}
+
+#[test]
+fn streams_side_by_side_are_what_each_is_alone() {
+    let (server, engine) = Server::ready(8, 0);
+    let about =
+        ["a cat", "a dog", "two frogs", "the sea", "a king", "an old tree", "snow", "a boy and a bear"];
+    let alone: Vec<String> = about
+        .iter()
+        .map(|a| {
+            let whole = server.raw(&story(a, 60, false)).json();
+            let streamed = text_of(&events(&server.raw(&story(a, 60, true)).body));
+            assert_eq!(whole["choices"][0]["message"]["content"], streamed);
+            streamed
+        })
+        .collect();
+    let steps = engine.stats().steps;
+    let together: Vec<String> = std::thread::scope(|scope| {
+        let server = &server;
+        let all: Vec<_> =
+            about.iter().map(|a| scope.spawn(move || server.raw(&story(a, 60, true)).body)).collect();
+        all.into_iter().map(|t| text_of(&events(&t.join().unwrap()))).collect()
+    });
+    assert_eq!(together, alone);
+    // Eight requests of 60 tokens one after the other would take 480 steps.
+    assert!(engine.stats().steps - steps < 300, "they did not share steps: {}", engine.stats().steps - steps);
+}
+
+#[test]
+fn a_client_that_leaves_frees_its_blocks() {
+    let (server, engine) = Server::ready(2, 2);
+    let mut stream = server.connect();
+    stream.write_all(&story("a cat", 400, true)).unwrap();
+    read_first_text(&mut stream);
+    drop(stream);
+    wait_until("the blocks of the client that left", || engine.stats().blocks_used == 0);
+    let stats = engine.stats();
+    assert_eq!((stats.cancelled, stats.finished, stats.requests_open), (1, 0, 0), "{stats:?}");
+    assert!(stats.generated_tokens < 400, "{stats:?}");
+    // During the prompt, too, and without a stream.
+    let mut stream = server.connect();
+    let long = json!({"prompt": "cat ".repeat(300), "max_tokens": 100, "ignore_eos": true}).to_string();
+    stream.write_all(&post_bytes("/v1/completions", long.as_bytes())).unwrap();
+    wait_until("the second request", || engine.stats().submitted == 2);
+    drop(stream);
+    wait_until("the second request's end", || engine.stats().requests_open == 0);
+    assert_eq!((engine.stats().blocks_used, engine.stats().cancelled), (0, 2));
+}
+
+#[test]
+fn a_full_queue_says_so() {
+    let (server, engine) = Server::ready(1, 1);
+    let mut running = server.connect();
+    running.write_all(&story("a cat", 480, true)).unwrap();
+    read_first_text(&mut running);
+    let mut waiting = server.connect();
+    waiting.write_all(&story("a dog", 2, false)).unwrap();
+    wait_until("the second request", || engine.stats().submitted == 2);
+    let answer = server.raw(&story("a fox", 2, false));
+    assert_eq!(answer.status, 429, "{answer:?}");
+    assert!(answer.head.contains("retry-after: "), "{answer:?}");
+    assert_eq!(answer.json()["error"]["code"], "queue_full");
+    drop(running);
+    let mut text = String::new();
+    waiting.read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+}
+
+#[test]
+fn a_server_that_stops_lets_answers_end() {
+    let (mut server, engine) = Server::ready(2, 2);
+    let mut stream = server.connect();
+    stream.write_all(&story("a cat", 200, true)).unwrap();
+    read_first_text(&mut stream);
+    server.begin_stop();
+    wait_until("the closed door", || TcpStream::connect(server.address).is_err());
+    let mut rest = String::new();
+    stream.read_to_string(&mut rest).unwrap();
+    assert!(rest.contains("data: [DONE]"), "{rest}");
+    wait_until("the end of the request", || engine.stats().finished == 1);
+}
