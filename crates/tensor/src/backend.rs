@@ -270,6 +270,12 @@ pub trait Backend: Send {
     /// Makes the paged latent cache.
     fn alloc_cache(&mut self, shape: CacheShape) -> Result<Cache, Error>;
 
+    /// Waits for work that the backend does in the background after loading, such as laying weights out anew, so that
+    /// what follows runs at its full speed. Results do not depend on it.
+    fn settle(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Begins a step: tokens, positions and block tables that the ops below use.
     fn begin_step(&mut self, input: &StepInput) -> Result<(), Error>;
 

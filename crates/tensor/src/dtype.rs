@@ -1,9 +1,10 @@
-//! Storage formats and their scalar codecs (design page deepseek.md, section 4).
+//! Storage formats and their scalar codecs of single numbers; `blocks.rs` has those of blocks.
 
 use std::fmt;
 
 /// How the numbers of a matrix are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[allow(non_camel_case_types, reason = "the names that users of GGUF know")]
 pub enum DType {
     /// IEEE single precision.
     F32,
@@ -13,6 +14,12 @@ pub enum DType {
     BF16,
     /// FP8 E4M3 "fn" codes with one F32 scale (a multiplier) per 128x128 block; edge blocks are partial.
     F8E4M3,
+    /// GGUF: blocks of 32, a half as scale and signed bytes.
+    Q8_0,
+    /// GGUF: blocks of 32, a half as scale and nibbles around 8.
+    Q4_0,
+    /// GGUF: super-blocks of 256, two halves, eight 6-bit scales and minima, nibbles.
+    Q4K,
 }
 
 /// Edge of an FP8 scale block, in elements.
@@ -20,15 +27,36 @@ pub const FP8_BLOCK: usize = 128;
 
 impl DType {
     /// Every format, for tests that walk them all.
-    pub const ALL: [DType; 4] = [DType::F32, DType::F16, DType::BF16, DType::F8E4M3];
+    pub const ALL: [DType; 7] =
+        [DType::F32, DType::F16, DType::BF16, DType::F8E4M3, DType::Q8_0, DType::Q4_0, DType::Q4K];
 
-    /// Bytes of one element.
-    pub const fn bytes(self) -> usize {
+    /// Elements of one block: what a row is a whole number of.
+    pub const fn block_len(self) -> usize {
+        match self {
+            DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3 => 1,
+            DType::Q8_0 | DType::Q4_0 => 32,
+            DType::Q4K => 256,
+        }
+    }
+
+    /// Bytes of one block.
+    pub const fn block_bytes(self) -> usize {
         match self {
             DType::F32 => 4,
             DType::F16 | DType::BF16 => 2,
             DType::F8E4M3 => 1,
+            DType::Q8_0 => 34,
+            DType::Q4_0 => 18,
+            DType::Q4K => 144,
         }
+    }
+
+    /// Bytes of a row; `None` when `cols` is no whole number of blocks, or the size overflows.
+    pub const fn row_bytes(self, cols: usize) -> Option<usize> {
+        if !cols.is_multiple_of(self.block_len()) {
+            return None;
+        }
+        (cols / self.block_len()).checked_mul(self.block_bytes())
     }
 
     /// The name that users see.
@@ -38,6 +66,9 @@ impl DType {
             DType::F16 => "F16",
             DType::BF16 => "BF16",
             DType::F8E4M3 => "F8_E4M3",
+            DType::Q8_0 => "Q8_0",
+            DType::Q4_0 => "Q4_0",
+            DType::Q4K => "Q4_K",
         }
     }
 }

@@ -19,6 +19,18 @@ pub enum Error {
         /// Bytes that were given.
         found: usize,
     },
+    /// A row that is no whole number of blocks.
+    #[error("matrix {rows}x{cols} in {dtype}: its columns are no whole number of blocks of {block}")]
+    Blocks {
+        /// Rows of the matrix.
+        rows: usize,
+        /// Columns of the matrix.
+        cols: usize,
+        /// Name of the storage format.
+        dtype: &'static str,
+        /// Elements of a block.
+        block: usize,
+    },
     /// Block scales whose grid does not fit the matrix.
     #[error("matrix {rows}x{cols}: expected {expected} block scales, found {found}")]
     ScaleGrid {

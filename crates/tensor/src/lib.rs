@@ -1,6 +1,7 @@
 //! What a number, a matrix and a compute backend are.
 //!
 //! * [`dtype`]: storage formats and their scalar codecs (F32, F16, BF16, FP8 E4M3, UE8M0).
+//! * [`blocks`]: the codecs of GGUF's block formats.
 //! * [`matrix`]: a weight as it lies in a file, never expanded.
 //! * [`backend`]: the one list of ops that a backend implements.
 //! * [`reference`]: every op in scalar code; the truth that kernels are tested against.
@@ -8,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backend;
+pub mod blocks;
 pub mod conformance;
 pub mod dtype;
 pub mod error;

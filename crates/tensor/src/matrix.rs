@@ -3,7 +3,7 @@
 use std::{fmt, ops::Range, sync::Arc};
 
 use crate::{
-    DType, Error,
+    DType, Error, blocks,
     dtype::{E4M3_TABLE, FP8_BLOCK, bf16_to_f32, f16_to_f32},
 };
 
@@ -77,9 +77,12 @@ impl HostMatrix {
         data: ByteRegion,
         scales: Option<Arc<[f32]>>,
     ) -> Result<Self, Error> {
-        let expected = rows
-            .checked_mul(cols)
-            .and_then(|n| n.checked_mul(dtype.bytes()))
+        if !cols.is_multiple_of(dtype.block_len()) {
+            return Err(Error::Blocks { rows, cols, dtype: dtype.name(), block: dtype.block_len() });
+        }
+        let expected = dtype
+            .row_bytes(cols)
+            .and_then(|n| n.checked_mul(rows))
             .ok_or(Error::Overflow { what: "matrix" })?;
         let found = data.bytes().len();
         if expected != found {
@@ -127,7 +130,7 @@ impl HostMatrix {
 
     /// Bytes of one row.
     pub fn row_bytes(&self) -> usize {
-        self.cols * self.dtype.bytes()
+        self.cols / self.dtype.block_len() * self.dtype.block_bytes()
     }
 
     /// FP8 only: multipliers, row-major `[ceil(rows/128), ceil(cols/128)]`.
@@ -174,6 +177,7 @@ impl HostMatrix {
                     }
                 }
             }
+            DType::Q8_0 | DType::Q4_0 | DType::Q4K => blocks::decode_row(self.dtype, bytes, out),
         }
     }
 }

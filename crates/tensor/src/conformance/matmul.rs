@@ -23,6 +23,7 @@ const ROWS: [usize; 8] = [1, 2, 3, 4, 5, 8, 17, 33];
 pub(super) fn add_cases(all: &mut Vec<Case>) {
     for dtype in DType::ALL {
         for (i, (n, k)) in SHAPES.into_iter().enumerate() {
+            let k = k.next_multiple_of(dtype.block_len());
             for rows in [ROWS[i % ROWS.len()], ROWS[(i + 3) % ROWS.len()]] {
                 for add in [false, true] {
                     let op = if add { "matmul_add" } else { "matmul" };
@@ -31,7 +32,8 @@ pub(super) fn add_cases(all: &mut Vec<Case>) {
                 }
             }
         }
-        for (vocab, width) in [(1, 1), (7, 33), (300, 200)] {
+        for (vocab, width) in [(1, 1), (7, 33), (300, 200usize)] {
+            let width = width.next_multiple_of(dtype.block_len());
             let name = format!("embed {dtype} [{vocab}, {width}]");
             all.push(Case::new(name, 0.0, move |b, r| embed(b, r, dtype, vocab, width)));
         }
@@ -97,7 +99,8 @@ fn concat(b: &mut dyn Backend, random: &mut Random) -> Result<Vec<f32>, Error> {
 pub(super) fn invariance() -> Vec<Invariance> {
     let mut all: Vec<Invariance> = Vec::new();
     for dtype in DType::ALL {
-        for (n, k) in [(17, 33), (129, 300), (256, 384)] {
+        for (n, k) in [(17, 33), (129, 300), (256, 384usize)] {
+            let k = k.next_multiple_of(dtype.block_len());
             all.push((
                 format!("matmul {dtype} [{n}, {k}]"),
                 Box::new(move |b, r, rows| alone_or_together(b, r, dtype, n, k, rows)),

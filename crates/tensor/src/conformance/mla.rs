@@ -22,7 +22,7 @@ const SHAPES: [MlaShape; 4] = [
 
 pub(super) fn add_cases(all: &mut Vec<Case>) {
     for shape in SHAPES {
-        for dtype in DType::ALL {
+        for dtype in DType::ALL.into_iter().filter(|d| d.row_bytes(shape.latent).is_some()) {
             for mode in [AttendMode::Absorbed, AttendMode::Expanded] {
                 let name =
                     format!("mla_attend {mode:?} {dtype} {} heads latent {}", shape.heads, shape.latent);

@@ -46,6 +46,7 @@ pub(super) fn add_cases(all: &mut Vec<Case>) {
     }));
     for dtype in DType::ALL {
         for (rows, width, inner) in [(1, 5, 3), (2, 96, 160), (9, 130, 257), (40, 64, 48)] {
+            let [width, inner] = [width, inner].map(|n: usize| n.next_multiple_of(dtype.block_len()));
             let name = format!("mlp {dtype} {rows} rows [{inner}, {width}]");
             all.push(Case::new(name, 2e-5, move |b, r| mlp(b, r, dtype, rows, width, inner)));
             for shared in [false, true] {
@@ -126,7 +127,8 @@ fn moe(
         });
     }
     let experts = b.load_experts(experts)?;
-    let shared = if shared { Some(load_mlp(b, random, dtype, width, inner + 1)?) } else { None };
+    let shared =
+        if shared { Some(load_mlp(b, random, dtype, width, inner + dtype.block_len())?) } else { None };
     let (x, out) = (b.alloc(batch, width)?, b.alloc(batch, width)?);
     let routing = b.alloc_routing(batch, V3.top_k)?;
     let (values, residual) = (random.normals(batch * width), random.normals(batch * width));
@@ -146,9 +148,10 @@ fn moe(
 pub(super) fn invariance() -> Vec<Invariance> {
     let mut all: Vec<Invariance> = Vec::new();
     for dtype in DType::ALL {
+        let [width, inner] = [130, 150].map(|n: usize| n.next_multiple_of(dtype.block_len()));
         all.push((
             format!("moe {dtype}"),
-            Box::new(move |b, r, rows| moe(b, r, dtype, 130, 150, true, 21, rows)),
+            Box::new(move |b, r, rows| moe(b, r, dtype, width, inner, true, 21, rows)),
         ));
     }
     all

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::{
-    ByteRegion, DType, Error, HostMatrix,
+    ByteRegion, DType, Error, HostMatrix, blocks,
     dtype::{FP8_BLOCK, f32_to_bf16, f32_to_e4m3, f32_to_f16},
 };
 
@@ -53,6 +53,9 @@ impl Random {
             DType::F16 => values.flat_map(|v| f32_to_f16(v).to_le_bytes()).collect(),
             DType::BF16 => values.flat_map(|v| f32_to_bf16(v).to_le_bytes()).collect(),
             DType::F8E4M3 => values.map(|v| f32_to_e4m3(v * 100.0)).collect(),
+            DType::Q8_0 => encode_blocks(&values.collect::<Vec<_>>(), blocks::encode_q8_0),
+            DType::Q4_0 => encode_blocks(&values.collect::<Vec<_>>(), blocks::encode_q4_0),
+            DType::Q4K => encode_blocks(&values.collect::<Vec<_>>(), blocks::encode_q4_k),
         };
         let scales = (dtype == DType::F8E4M3).then(|| {
             let grid = rows.div_ceil(FP8_BLOCK) * cols.div_ceil(FP8_BLOCK);
@@ -69,4 +72,17 @@ impl Random {
         }
         order
     }
+}
+
+fn encode_blocks<const N: usize, const B: usize>(
+    values: &[f32],
+    encode: fn(&[f32; N], &mut [u8; B]),
+) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(values.len() / N * B);
+    for x in values.as_chunks::<N>().0 {
+        let mut block = [0; B];
+        encode(x, &mut block);
+        bytes.extend(block);
+    }
+    bytes
 }
