@@ -17,10 +17,12 @@ pub enum Level {
     Avx2,
     /// x86-64 AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// x86-64 AVX-512 with VNNI, BF16 and VBMI as well: Zen 4, Sapphire Rapids and later.
+    Avx512Vnni,
 }
 
 impl Level {
-    const ALL: [Level; 4] = [Level::Scalar, Level::Neon, Level::Avx2, Level::Avx512];
+    const ALL: [Level; 5] = [Level::Scalar, Level::Neon, Level::Avx2, Level::Avx512, Level::Avx512Vnni];
 
     /// The best level that this CPU runs.
     pub fn detect() -> Self {
@@ -48,6 +50,12 @@ impl Level {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl"))
             .then_some(&simd::avx512::KERNELS),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Vnni => (Level::Avx512.kernels().is_some()
+                && is_x86_feature_detected!("avx512vnni")
+                && is_x86_feature_detected!("avx512bf16")
+                && is_x86_feature_detected!("avx512vbmi"))
+            .then_some(&simd::avx512_vnni::KERNELS),
             #[cfg(target_arch = "aarch64")]
             Level::Neon => Some(&simd::neon::KERNELS),
             #[allow(unreachable_patterns, reason = "levels of other architectures")]
@@ -73,6 +81,7 @@ impl fmt::Display for Level {
             Level::Neon => "neon",
             Level::Avx2 => "avx2",
             Level::Avx512 => "avx512",
+            Level::Avx512Vnni => "avx512-vnni",
         })
     }
 }
@@ -82,37 +91,17 @@ impl FromStr for Level {
 
     fn from_str(s: &str) -> Result<Self, String> {
         let find = Self::ALL.into_iter().find(|l| l.to_string().eq_ignore_ascii_case(s));
-        find.ok_or_else(|| format!("{s:?} is no SIMD level: scalar, avx2, avx512 or neon"))
+        find.ok_or_else(|| format!("{s:?} is no SIMD level: scalar, avx2, avx512, avx512-vnni or neon"))
     }
 }
 
-/// The CPU's name and the features of it that matter here, for people.
+/// The CPU's name, for people.
 pub(crate) fn cpu_description() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = info
         .lines()
         .find_map(|l| l.strip_prefix("model name")?.split_once(':').map(|(_, n)| n.trim().to_string()));
-    let name = name.unwrap_or_else(|| std::env::consts::ARCH.to_string());
-    let extra = extra_features();
-    if extra.is_empty() { name } else { format!("{name} ({})", extra.join(", ")) }
-}
-
-/// Features beyond the levels that the CPU has and that no kernel uses yet.
-#[cfg(target_arch = "x86_64")]
-fn extra_features() -> Vec<&'static str> {
-    let mut found = Vec::new();
-    if is_x86_feature_detected!("avx512bf16") {
-        found.push("has AVX-512 BF16");
-    }
-    if is_x86_feature_detected!("avx512vnni") {
-        found.push("has AVX-512 VNNI");
-    }
-    found
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn extra_features() -> Vec<&'static str> {
-    Vec::new()
+    name.unwrap_or_else(|| std::env::consts::ARCH.to_string())
 }
 
 #[cfg(test)]

@@ -2,12 +2,18 @@
 //!
 //! * `detect.rs`: which level this CPU has.
 //! * `threads.rs`: the pool; one fork and join per op at most.
+//! * `packed.rs`, `packing.rs`, `huge.rs`: weights laid out for the kernels, in the background, in large pages.
 //! * `simd/`: the kernels. `ops/`: what each op forks and how rows become tasks.
 #![deny(unsafe_code)]
 
 mod detect;
+mod huge;
+mod matrix;
 mod memory;
 mod ops;
+mod packed;
+mod packing;
+mod rounded;
 mod simd;
 mod threads;
 
@@ -23,7 +29,10 @@ use oxseek_tensor::{
 };
 
 pub use detect::Level;
+use matrix::{Matrix, MatrixRef};
 use memory::PerThread;
+use packed::PackedFormat;
+use packing::Packer;
 use simd::Kernels;
 use threads::Pool;
 
@@ -39,18 +48,45 @@ pub struct CpuOptions {
     pub threads: Option<usize>,
     /// SIMD level; default: the best this CPU has.
     pub level: Option<Level>,
+    /// What activations are rounded to; default: not at all.
+    pub precision: Precision,
+}
+
+/// How exact products of activations and weights are. Sums are always F32, and so is everything between products.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// Activations are F32: results are those of the scalar reference.
+    #[default]
+    Exact,
+    /// Activations are rounded to what the CPU multiplies fastest with the weights' format: BF16 for BF16 and FP8
+    /// weights (as PyTorch runs them), 8 bits with a scale per 128 columns for block formats. F32 and F16 weights,
+    /// the router and attention stay exact.
+    Native,
+}
+
+impl Precision {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Native => "native",
+        }
+    }
 }
 
 /// Activations `[rows_max, cols]`.
 struct Activations {
     cols: usize,
     values: Vec<f32>,
+    /// Counts the ops that wrote to it.
+    version: u64,
 }
 
+/// Numbers of an expert's matrices.
+#[derive(Clone, Copy)]
 struct ExpertRows {
-    gate: HostMatrix,
-    up: HostMatrix,
-    down: HostMatrix,
+    gate: usize,
+    up: usize,
+    down: usize,
 }
 
 struct RoutingRows {
@@ -90,7 +126,9 @@ pub struct CpuBackend {
     pool: Pool,
     scratch: PerThread,
     panel_len: usize,
-    matrices: Vec<HostMatrix>,
+    precision: Precision,
+    matrices: Vec<Matrix>,
+    packer: Packer,
     vectors: Vec<Vec<f32>>,
     experts: Vec<Vec<ExpertRows>>,
     ropes: Vec<RopeTable>,
@@ -106,6 +144,8 @@ pub struct CpuBackend {
     identity: Vec<u32>,
     /// Router logits, `[T, E]`.
     logits: Vec<f32>,
+    /// The last rounded inputs, one for each rounding.
+    rounded: [rounded::LastInput; 2],
     ffn: ops::moe::FfnScratch,
     /// Tasks of the last attention, kept for their memory.
     attention_tasks: Vec<ops::mla::Task>,
@@ -126,7 +166,9 @@ impl CpuBackend {
             scratch: PerThread::new(pool.threads()),
             pool,
             panel_len: 0,
+            precision: options.precision,
             matrices: Vec::new(),
+            packer: Packer::default(),
             vectors: Vec::new(),
             experts: Vec::new(),
             ropes: Vec::new(),
@@ -139,6 +181,7 @@ impl CpuBackend {
             positions: Vec::new(),
             identity: Vec::new(),
             logits: Vec::new(),
+            rounded: Default::default(),
             ffn: ops::moe::FfnScratch::default(),
             attention_tasks: Vec::new(),
         })
@@ -158,8 +201,8 @@ impl CpuBackend {
         self.step.tokens.len()
     }
 
-    /// Takes a weight if the kernels can, and makes room to decode its rows.
-    fn admit(&mut self, m: &HostMatrix) -> Result<(), Error> {
+    /// Takes a weight if the kernels can, and makes room to decode or pack its rows.
+    fn admit(&mut self, m: HostMatrix) -> Result<usize, Error> {
         if m.rows() == 0 || m.cols() == 0 {
             return Err(shape_error("load_matrix", "elements", 1, 0));
         }
@@ -168,10 +211,34 @@ impl CpuBackend {
             return Err(Error::Device(why));
         }
         if m.dtype() != DType::F32 {
-            self.panel_len = self.panel_len.max(PANEL_VALUES).max(m.cols().saturating_mul(4));
+            let rows = m.cols().next_multiple_of(packed::RUN).saturating_mul(matrix::PANEL_ROWS_MIN);
+            self.panel_len = self.panel_len.max(PANEL_VALUES).max(rows);
             self.scratch.grow_panels(self.panel_len);
         }
-        Ok(())
+        let format = match self.precision {
+            Precision::Exact => None,
+            Precision::Native => PackedFormat::of(m.dtype()),
+        };
+        let number = self.matrices.len();
+        if let Some(format) = format {
+            self.packer.push(number, m.clone(), format)?;
+        }
+        self.matrices.push(Matrix::new(m, format));
+        Ok(number)
+    }
+
+    /// Takes over what the packer has finished.
+    fn take_packed(&mut self, wait: bool) {
+        while let Some((number, packed)) = self.packer.take(wait) {
+            self.matrices[number].set_packed(packed);
+        }
+    }
+
+    /// Notes that an op writes to `b`: what was rounded from it before is stale.
+    fn touch(&mut self, b: Buffer) {
+        if let Some(b) = self.buffers.get_mut(b.0 as usize) {
+            b.version += 1;
+        }
     }
 
     /// Makes `identity` long enough.
@@ -181,9 +248,17 @@ impl CpuBackend {
         }
     }
 
+    /// A weight as it was loaded.
     fn matrix(&self, op: &'static str, w: Weight) -> Result<&HostMatrix, Error> {
         let n = self.matrices.len();
-        self.matrices.get(w.0 as usize).ok_or(shape_error(op, "weight handle", n, w.0 as usize))
+        let missing = shape_error(op, "weight handle", n, w.0 as usize);
+        self.matrices.get(w.0 as usize).map(Matrix::stored).ok_or(missing)
+    }
+
+    /// A weight as products use it.
+    fn factor(&self, op: &'static str, w: Weight) -> Result<MatrixRef, Error> {
+        self.matrix(op, w)?;
+        Ok(self.matrices[w.0 as usize].factor())
     }
 
     fn vector(&self, op: &'static str, v: Vector, len: usize) -> Result<&[f32], Error> {
@@ -265,12 +340,14 @@ fn zeroed(what: &'static str, sizes: &[usize]) -> Result<Vec<f32>, Error> {
 impl Backend for CpuBackend {
     fn info(&self) -> DeviceInfo {
         let (cpu, level, threads) = (detect::cpu_description(), self.level, self.threads());
-        DeviceInfo { backend: "cpu", device: format!("{cpu}, kernels {level}, {threads} threads") }
+        DeviceInfo {
+            backend: "cpu",
+            device: format!("{cpu}, kernels {level}, {threads} threads, {} products", self.precision.name()),
+        }
     }
 
     fn load_matrix(&mut self, matrix: HostMatrix) -> Result<Weight, Error> {
-        self.admit(&matrix)?;
-        Ok(Weight(push(&mut self.matrices, matrix)))
+        Ok(Weight(self.admit(matrix)? as u32))
     }
 
     fn load_vector(&mut self, values: &[f32]) -> Result<Vector, Error> {
@@ -278,11 +355,15 @@ impl Backend for CpuBackend {
     }
 
     fn load_experts(&mut self, experts: Vec<ExpertMatrices>) -> Result<Experts, Error> {
-        for m in experts.iter().flat_map(|e| [&e.gate, &e.up, &e.down]) {
-            self.admit(m)?;
+        let mut rows = Vec::with_capacity(experts.len());
+        for e in experts {
+            rows.push(ExpertRows {
+                gate: self.admit(e.gate)?,
+                up: self.admit(e.up)?,
+                down: self.admit(e.down)?,
+            });
         }
-        let rows = |e: ExpertMatrices| ExpertRows { gate: e.gate, up: e.up, down: e.down };
-        Ok(Experts(push(&mut self.experts, experts.into_iter().map(rows).collect())))
+        Ok(Experts(push(&mut self.experts, rows)))
     }
 
     fn load_rope(&mut self, inv_freq: &[f32], magnitude: f32) -> Result<Rope, Error> {
@@ -293,7 +374,7 @@ impl Backend for CpuBackend {
     fn alloc(&mut self, rows_max: usize, cols: usize) -> Result<Buffer, Error> {
         let values = zeroed("activation buffer", &[rows_max, cols])?;
         self.count_to(rows_max.max(BLOCK_TOKENS));
-        Ok(Buffer(push(&mut self.buffers, Activations { cols, values })))
+        Ok(Buffer(push(&mut self.buffers, Activations { cols, values, version: 0 })))
     }
 
     fn alloc_routing(&mut self, rows_max: usize, top_k: usize) -> Result<Routing, Error> {
@@ -307,8 +388,14 @@ impl Backend for CpuBackend {
         Ok(Cache(push(&mut self.caches, LatentCache { shape, values })))
     }
 
+    fn settle(&mut self) -> Result<(), Error> {
+        self.take_packed(true);
+        Ok(())
+    }
+
     fn begin_step(&mut self, input: &StepInput) -> Result<(), Error> {
         input.check()?;
+        self.take_packed(false);
         self.step.clone_from(input);
         self.step_count += 1;
         self.positions.clear();
@@ -319,6 +406,7 @@ impl Backend for CpuBackend {
     }
 
     fn embed(&mut self, table: Weight, out: Buffer) -> Result<(), Error> {
+        self.touch(out);
         self.embed_rows(table, out)
     }
 
@@ -330,18 +418,22 @@ impl Backend for CpuBackend {
         out: Buffer,
         rows: usize,
     ) -> Result<(), Error> {
+        self.touch(out);
         self.norm_rows(x, weight, eps, out, rows)
     }
 
     fn matmul(&mut self, x: Buffer, weight: Weight, out: Buffer, rows: usize) -> Result<(), Error> {
+        self.touch(out);
         self.project("matmul", x, weight, out, rows, simd::Output::Store)
     }
 
     fn matmul_add(&mut self, x: Buffer, weight: Weight, out: Buffer, rows: usize) -> Result<(), Error> {
+        self.touch(out);
         self.project("matmul_add", x, weight, out, rows, simd::Output::Add)
     }
 
     fn rope_queries(&mut self, shape: &MlaShape, rope: Rope, q: Buffer) -> Result<(), Error> {
+        self.touch(q);
         self.rotate_queries(shape, rope, q)
     }
 
@@ -367,10 +459,12 @@ impl Backend for CpuBackend {
         layer: usize,
         out: Buffer,
     ) -> Result<(), Error> {
+        self.touch(out);
         self.attend(shape, q, kv_b, cache, layer, out)
     }
 
     fn mlp(&mut self, x: Buffer, mlp: &Mlp, out: Buffer) -> Result<(), Error> {
+        self.touch(out);
         self.dense_ffn(x, mlp, out)
     }
 
@@ -393,11 +487,13 @@ impl Backend for CpuBackend {
         shared: Option<&Mlp>,
         out: Buffer,
     ) -> Result<(), Error> {
+        self.touch(out);
         self.routed_ffn(x, routing, experts, shared, out)
     }
 
     fn gather_rows(&mut self, x: Buffer, rows: &[u32], out: Buffer) -> Result<(), Error> {
         let op = "gather_rows";
+        self.touch(out);
         Self::apart(op, x, out)?;
         let from = self.buffer(op, x)?;
         let (cols, rows_max) = (from.cols, from.values.len() / from.cols);
@@ -415,6 +511,7 @@ impl Backend for CpuBackend {
 
     fn concat(&mut self, a: Buffer, b: Buffer, out: Buffer) -> Result<(), Error> {
         let op = "concat";
+        self.touch(out);
         let rows = self.rows();
         Self::apart(op, a, out)?;
         Self::apart(op, b, out)?;
@@ -447,6 +544,7 @@ impl Backend for CpuBackend {
 
     fn write(&mut self, values: &[f32], out: Buffer) -> Result<(), Error> {
         let op = "write";
+        self.touch(out);
         let cols = self.buffer(op, out)?.cols;
         expect(op, "values in whole rows", values.len() / cols * cols, values.len())?;
         self.sized(op, out, values.len() / cols, cols)?;

@@ -10,6 +10,9 @@ pub(crate) mod moe;
 pub(crate) mod norm;
 pub(crate) mod rope;
 
+/// Rows that a task takes whole: two groups of packed rows.
+const ROWS_TOGETHER: usize = 32;
+
 /// Rows per task: about four tasks a thread, so that a thread that was held up leaves work for the others; whole
 /// tiles; and everything in one task when there is too little to share (`work` in multiply-adds).
 pub(crate) fn rows_per_task(rows: usize, work: usize, threads: usize) -> usize {
@@ -18,5 +21,5 @@ pub(crate) fn rows_per_task(rows: usize, work: usize, threads: usize) -> usize {
     if threads == 1 || work < WORK_WORTH_A_FORK {
         return rows.max(1);
     }
-    rows.div_ceil(threads * 4).next_multiple_of(8)
+    rows.div_ceil(threads * 4).next_multiple_of(ROWS_TOGETHER)
 }

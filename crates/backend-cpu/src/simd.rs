@@ -9,19 +9,25 @@
     reason = "an intrinsic must be inlined into code compiled for its CPU feature"
 )]
 #![allow(clippy::wildcard_imports, reason = "intrinsics")]
+#![allow(clippy::cast_ptr_alignment, reason = "words of packed weights are read unaligned")]
 #![allow(clippy::missing_safety_doc, reason = "the trait and the kernel tables state it once")]
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512_vnni;
 mod elementwise;
 mod gemm;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
+pub(crate) mod panel;
 pub(crate) mod portable;
+mod rounding;
 
 pub(crate) use gemm::{Gemm, Output, WeightRef};
+pub(crate) use panel::{PanelGemm, RowsRef};
 
 /// The kernels of one level. All are safe to call when the level is available and what each states holds.
 pub(crate) struct Kernels {
@@ -32,6 +38,9 @@ pub(crate) struct Kernels {
     pub(crate) softmax_block: unsafe fn(*mut f32, usize, f32, f32) -> (f32, f32),
     pub(crate) silu_mul: unsafe fn(*const f32, *const f32, *mut f32, usize),
     pub(crate) rms_norm: unsafe fn(*const f32, *const f32, f32, *mut f32, usize),
+    pub(crate) panel_gemm: unsafe fn(&PanelGemm<'_>),
+    pub(crate) round_bf16: unsafe fn(*const f32, usize, *mut u16),
+    pub(crate) round_bytes: unsafe fn(*const f32, usize, *mut i8, *mut f32, *mut i32),
 }
 
 pub(crate) use elementwise::WeightedRows;
@@ -69,8 +78,9 @@ pub(crate) trait Simd: Copy {
 
 /// Makes a level's [`Kernels`]: the generic algorithms compiled with the level's CPU features.
 macro_rules! kernels {
-    ($simd:ty $(, $features:literal)?) => {
-        use super::{Gemm, Kernels, WeightRef, WeightedRows, elementwise, gemm as algorithm};
+    ($simd:ty, $panel:ty $(, $features:literal)?) => {
+        use super::{Gemm, Kernels, PanelGemm, WeightRef, WeightedRows, elementwise, gemm as algorithm};
+        use super::{panel, rounding};
 
         $(#[target_feature(enable = $features)])?
         unsafe fn gemm(g: &Gemm<'_>) {
@@ -107,10 +117,35 @@ macro_rules! kernels {
             // SAFETY: the caller's promise is passed on.
             unsafe { elementwise::rms_norm::<$simd>(x, w, eps, out, n) }
         }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn panel_gemm(g: &PanelGemm<'_>) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { panel::panel_gemm::<$panel>(g) }
+        }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn round_bf16(x: *const f32, n: usize, out: *mut u16) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { rounding::round_bf16(x, n, out) }
+        }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn round_bytes(x: *const f32, n: usize, out: *mut i8, scales: *mut f32, minus_sums: *mut i32) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { rounding::round_bytes(x, n, out, scales, minus_sums) }
+        }
 
         /// This level's kernels.
-        pub(crate) static KERNELS: Kernels =
-            Kernels { gemm, decode_row, axpy, weighted_rows, softmax_block, silu_mul, rms_norm };
+        pub(crate) static KERNELS: Kernels = Kernels {
+            gemm,
+            decode_row,
+            axpy,
+            weighted_rows,
+            softmax_block,
+            silu_mul,
+            rms_norm,
+            panel_gemm,
+            round_bf16,
+            round_bytes,
+        };
     };
 }
 pub(crate) use kernels;

@@ -133,6 +133,15 @@ impl DeepSeek {
     }
 
     /// What it runs on.
+    /// Waits for work that the backend still does in the background after loading.
+    ///
+    /// # Errors
+    /// What the backend answers.
+    pub fn settle(&mut self) -> Result<(), oxseek_tensor::Error> {
+        self.backend.settle()
+    }
+
+    /// What the model runs on.
     pub fn device(&self) -> DeviceInfo {
         self.backend.info()
     }

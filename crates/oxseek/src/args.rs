@@ -3,7 +3,7 @@
 use std::{net::IpAddr, path::PathBuf};
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
-use oxseek_backend_cpu::Level;
+use oxseek_backend_cpu::{Level, Precision};
 
 /// Runs and serves models of the DeepSeek family.
 ///
@@ -41,12 +41,32 @@ pub struct ModelArgs {
     /// Threads that compute; default: the cores this process may use
     #[arg(short, long, env = "OXSEEK_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
-    /// SIMD level: scalar, avx2, avx512 or neon; default: the best this CPU has
+    /// SIMD level: scalar, avx2, avx512, avx512-vnni or neon; default: the best this CPU has
     #[arg(long, env = "OXSEEK_CPU_LEVEL")]
     pub cpu_level: Option<Level>,
+    /// What activations are rounded to: exact is F32, native is what the CPU multiplies fastest
+    /// with the weights' format (BF16, or 8 bits per 128 columns)
+    #[arg(long, env = "OXSEEK_PRECISION", value_enum, default_value_t = PrecisionArg::Native)]
+    pub precision: PrecisionArg,
     /// Longest conversation in tokens, answer included; default: the model's own, at most 4096
     #[arg(short, long, env = "OXSEEK_CTX", value_name = "TOKENS")]
     pub ctx: Option<usize>,
+}
+
+/// [`Precision`] on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum PrecisionArg {
+    Exact,
+    Native,
+}
+
+impl From<PrecisionArg> for Precision {
+    fn from(p: PrecisionArg) -> Self {
+        match p {
+            PrecisionArg::Exact => Self::Exact,
+            PrecisionArg::Native => Self::Native,
+        }
+    }
 }
 
 /// How tokens are chosen.

@@ -48,6 +48,7 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     };
     let mut model = DeepSeek::load(&checkpoint, Box::new(backend), options, &mut |_, _| {})
         .map_err(|e| Failure::Model(e.to_string()))?;
+    model.settle().map_err(|e| Failure::Run(e.to_string()))?;
     let limit = read_bandwidth(threads);
     let mut out = std::io::stdout().lock();
     writeln!(out, "model      {name}, {} active weights per token", size(footprint.bytes_per_token))?;

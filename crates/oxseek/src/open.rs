@@ -55,7 +55,11 @@ fn open_demo() -> Result<(String, Checkpoint), Failure> {
 
 /// The CPU backend that the command line asks for.
 pub fn cpu_backend(args: &ModelArgs) -> Result<CpuBackend, Failure> {
-    let options = CpuOptions { threads: args.threads.map(usize::from), level: args.cpu_level };
+    let options = CpuOptions {
+        threads: args.threads.map(usize::from),
+        level: args.cpu_level,
+        precision: args.precision.into(),
+    };
     CpuBackend::new(options).map_err(|e| Failure::Usage(e.to_string()))
 }
 

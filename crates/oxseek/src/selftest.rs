@@ -36,7 +36,7 @@ pub fn selftest(args: &SelftestArgs) -> Result<(), Failure> {
 }
 
 fn cpu(level: Level, threads: usize) -> Result<Box<dyn Backend>, oxseek_tensor::Error> {
-    let options = CpuOptions { threads: Some(threads), level: Some(level) };
+    let options = CpuOptions { threads: Some(threads), level: Some(level), ..CpuOptions::default() };
     Ok(Box::new(CpuBackend::new(options)?))
 }
 

@@ -14,7 +14,7 @@ fn root() -> PathBuf {
 
 fn cpu(level: Level, threads: usize) -> impl FnMut() -> Result<Box<dyn Backend>, oxseek_tensor::Error> {
     move || {
-        let options = CpuOptions { threads: Some(threads), level: Some(level) };
+        let options = CpuOptions { threads: Some(threads), level: Some(level), ..CpuOptions::default() };
         Ok(Box::new(CpuBackend::new(options)?) as Box<dyn Backend>)
     }
 }

@@ -9,8 +9,10 @@ use oxseek_tensor::{
 use super::rows_per_task;
 use crate::{
     CpuBackend,
+    matrix::{Inputs, MatrixRef, Product},
     memory::Shared,
-    simd::{Gemm, Output, WeightRef},
+    packed::Rounding,
+    simd::{Gemm, Output, RowsRef, WeightRef},
 };
 
 impl CpuBackend {
@@ -39,17 +41,89 @@ impl CpuBackend {
         output: Output<'static>,
     ) -> Result<(), Error> {
         Self::apart(op, x, out)?;
-        let w = self.matrix(op, weight)?.clone();
-        self.sized(op, x, rows, w.cols())?;
-        self.sized(op, out, rows, w.rows())?;
+        let w = self.factor(op, weight)?;
+        self.sized(op, x, rows, w.cols)?;
+        self.sized(op, out, rows, w.rows)?;
+        let inputs = self.inputs(x, rows, &[w])?;
         let mut y = std::mem::take(&mut self.buffers[out.0 as usize].values);
-        let x = self.buffers[x.0 as usize].values.as_ptr();
-        let result = self.gemm(&WeightRef::new(&w), w.rows(), x, rows, &mut y, output);
+        let result = self.multiply(w, inputs, rows, &mut y, output);
         self.buffers[out.0 as usize].values = y;
         result
     }
 
-    /// All `n` rows of `w` times rows `0..rows` of `x` (`w.cols` wide) into `y` (`n` wide).
+    /// Rows `0..rows` of a buffer in every form that `weights` ask for.
+    pub(crate) fn inputs(&mut self, x: Buffer, rows: usize, weights: &[MatrixRef]) -> Result<Inputs, Error> {
+        let mut rounded = [None; 2];
+        for rounding in [Rounding::Bf16, Rounding::Bytes] {
+            if weights.iter().any(|w| w.rounding() == Some(rounding)) {
+                rounded[rounding as usize] = Some(self.round_input(x, rows, rounding)?);
+            }
+        }
+        let x = &self.buffers[x.0 as usize];
+        Ok(Inputs { exact: x.values.as_ptr(), stride: x.cols, rounded })
+    }
+
+    /// Rounds rows `0..rows` of a buffer, unless they were already.
+    fn round_input(&mut self, x: Buffer, rows: usize, rounding: Rounding) -> Result<RowsRef, Error> {
+        let a = &self.buffers[x.0 as usize];
+        let last = &mut self.rounded[rounding as usize];
+        let fresh = last.of.is_some_and(|(b, version, n)| (b, version) == (x.0, a.version) && n >= rows);
+        let view = if fresh {
+            last.rows.view()
+        } else {
+            last.rows.shape(rounding, rows, a.cols);
+            let (view, cols) = (last.rows.view(), a.cols);
+            let values = Input(a.values.as_ptr());
+            let chunk = rows_per_task(rows, rows * cols * 2, self.pool.threads());
+            let kernels = self.kernels;
+            self.pool.run(rows.div_ceil(chunk), &|task, _| {
+                for r in task * chunk..rows.min((task + 1) * chunk) {
+                    // SAFETY: both have the row, and no other task touches it.
+                    unsafe { view.round(kernels, rounding, values.get().add(r * cols), cols, r, 0) };
+                }
+            })?;
+            last.of = Some((x.0, a.version, rows));
+            view
+        };
+        Ok(view.rows())
+    }
+
+    /// All rows of `w` times rows `0..rows` of `x` into `y`, as wide as `w` has rows.
+    fn multiply(
+        &mut self,
+        w: MatrixRef,
+        x: Inputs,
+        rows: usize,
+        y: &mut [f32],
+        output: Output<'static>,
+    ) -> Result<(), Error> {
+        if rows == 0 {
+            return Ok(());
+        }
+        self.count_to(rows);
+        let (n, tokens) = (w.rows, &self.identity[..rows]);
+        let chunk = rows_per_task(n, rows * n * w.cols, self.pool.threads());
+        let (kernels, scratch) = (self.kernels, &self.scratch);
+        let y = Shared::new(y);
+        self.pool.run(n.div_ceil(chunk), &|task, thread| {
+            let from = task * chunk;
+            // SAFETY: the pool gave this thread its number.
+            let panel = unsafe { &mut scratch.of(thread).panel };
+            let product = Product {
+                rows: from..n.min(from + chunk),
+                x,
+                tokens,
+                out: y.at(from),
+                out_stride: n,
+                out_rows: tokens,
+                output,
+            };
+            // SAFETY: the caller proved the sizes of x and y; tasks write disjoint columns; x is not y.
+            unsafe { w.multiply(kernels, &product, panel) };
+        })
+    }
+
+    /// All `n` rows of `w` times rows `0..rows` of `x` (`w.cols` wide) into `y` (`n` wide), exactly.
     pub(crate) fn gemm(
         &mut self,
         w: &WeightRef,

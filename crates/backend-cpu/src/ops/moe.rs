@@ -1,23 +1,26 @@
 //! `mlp`, `route`, `moe`: experts grouped by token, so that each weight is read once per step.
 
 use oxseek_tensor::{
-    Error, HostMatrix,
+    Error,
     backend::{Buffer, Experts, GroupScore, Mlp, RouterShape, Routing, Scoring, Vector, Weight},
     error::{expect, shape_error},
 };
 
-use super::{matmul::Input, rows_per_task};
+use super::rows_per_task;
 use crate::{
     CpuBackend,
+    matrix::{Inputs, MatrixRef, Product},
     memory::Shared,
-    simd::{Gemm, Output, WeightRef},
+    packed::{RUN, Rounding},
+    rounded::RoundedRows,
+    simd::{Output, WeightRef},
 };
 
 /// One MLP and the tokens that go through it.
 struct Group {
-    gate: WeightRef,
-    up: WeightRef,
-    down: WeightRef,
+    gate: MatrixRef,
+    up: MatrixRef,
+    down: MatrixRef,
     inner: usize,
     /// Its slots in [`FfnScratch::tokens`].
     from: usize,
@@ -32,8 +35,9 @@ pub(crate) struct FfnScratch {
     tokens: Vec<u32>,
     /// Weight of each slot.
     weights: Vec<f32>,
-    /// `silu(gate x) * up x` of each slot.
+    /// `silu(gate x) * up x` of each slot, exact and rounded as the `down` matrices ask.
     inner: Vec<f32>,
+    rounded: [RoundedRows; 2],
     /// First task of each group in the first fork.
     first_task: Vec<usize>,
     choice: Choice,
@@ -78,8 +82,8 @@ impl CpuBackend {
 
     /// A group of all tokens, weight 1.
     fn push_mlp(&self, op: &'static str, f: &mut FfnScratch, mlp: &Mlp) -> Result<(), Error> {
-        let (gate, up) = (self.matrix(op, mlp.gate)?, self.matrix(op, mlp.up)?);
-        let down = self.matrix(op, mlp.down)?;
+        let (gate, up) = (self.factor(op, mlp.gate)?, self.factor(op, mlp.up)?);
+        let down = self.factor(op, mlp.down)?;
         let from = f.tokens.len();
         f.tokens.extend(0..self.rows() as u32);
         f.weights.resize(f.tokens.len(), 1.0);
@@ -111,7 +115,8 @@ impl CpuBackend {
                 }
             }
             if f.tokens.len() > from {
-                f.push(op, &e.gate, &e.up, &e.down, from)?;
+                let [gate, up, down] = [e.gate, e.up, e.down].map(|m| self.matrices[m].factor());
+                f.push(op, gate, up, down, from)?;
             }
         }
         Ok(())
@@ -134,31 +139,30 @@ impl CpuBackend {
             return Err(shape_error(op, "MLP columns", width, g.gate.cols));
         }
         let stride = f.groups.iter().map(|g| g.inner).max().unwrap_or(0);
-        let slots = f.tokens.len();
-        if f.inner.len() < slots * stride {
-            f.inner.resize(slots * stride, 0.0);
-        }
-        self.count_to(slots);
+        f.shape_inner(stride);
+        self.count_to(f.tokens.len());
+        let weights: Vec<MatrixRef> = f.groups.iter().flat_map(|g| [g.gate, g.up]).collect();
+        let x = self.inputs(x, rows, &weights)?;
         self.inner_activations(f, x, stride)?;
         self.outputs(f, out, width, stride)
     }
 
-    fn inner_activations(&mut self, f: &mut FfnScratch, x: Buffer, stride: usize) -> Result<(), Error> {
+    fn inner_activations(&mut self, f: &mut FfnScratch, x: Inputs, stride: usize) -> Result<(), Error> {
         let threads = self.pool.threads();
         let work: usize = f.groups.iter().map(|g| (g.to - g.from) * g.inner * g.gate.cols * 2).sum();
-        let chunk = rows_per_task(f.groups.iter().map(|g| g.inner).sum(), work, threads);
+        // Whole runs, so that a task rounds what it computed.
+        let chunk =
+            rows_per_task(f.groups.iter().map(|g| g.inner).sum(), work, threads).next_multiple_of(RUN);
         f.first_task.clear();
         let mut tasks = 0;
         for g in &f.groups {
             f.first_task.push(tasks);
             tasks += g.inner.div_ceil(chunk);
         }
-        let x = &self.buffers[x.0 as usize];
-        let (x, x_stride) = (Input(x.values.as_ptr()), x.cols);
         let inner = Shared::new(&mut f.inner);
+        let rounded = f.rounded.each_mut().map(RoundedRows::view);
         let (groups, tokens, first_task) = (&f.groups, &f.tokens, &f.first_task);
-        let (kernels, scratch, panel_len, identity) =
-            (self.kernels, &self.scratch, self.panel_len, &self.identity);
+        let (kernels, scratch, identity) = (self.kernels, &self.scratch, &self.identity);
         self.pool.run(tasks, &|task, thread| {
             let group = first_task.partition_point(|&t| t <= task) - 1;
             let g = &groups[group];
@@ -169,58 +173,62 @@ impl CpuBackend {
             let scratch = unsafe { scratch.of(thread) };
             let (panel, [gated, up, ..]) = scratch.split([slots * n, slots * n, 0, 0, 0, 0]);
             for (w, y) in [(g.gate, &mut *gated), (g.up, &mut *up)] {
-                let gemm = Gemm {
-                    w,
+                let product = Product {
                     rows: from..to,
-                    x: x.get(),
-                    x_stride,
+                    x,
                     tokens: &tokens[g.from..g.to],
                     out: y.as_mut_ptr(),
                     out_stride: n,
                     out_rows: &identity[..slots],
                     output: Output::Store,
-                    panel: panel.as_mut_ptr(),
-                    panel_len,
                 };
                 // SAFETY: tokens are rows of x; the outputs are this thread's.
-                unsafe { (kernels.gemm)(&gemm) };
+                unsafe { w.multiply(kernels, &product, panel) };
             }
             for s in 0..slots {
-                let out = inner.at((g.from + s) * stride + from);
+                let (gated, up) = (&mut gated[s * n..][..n], &up[s * n..][..n]);
                 // SAFETY: only this task writes these columns of this group's slots.
-                unsafe { (kernels.silu_mul)(gated[s * n..].as_ptr(), up[s * n..].as_ptr(), out, n) };
+                unsafe {
+                    match g.down.rounding() {
+                        None => {
+                            let out = inner.at((g.from + s) * stride + from);
+                            (kernels.silu_mul)(gated.as_ptr(), up.as_ptr(), out, n);
+                        }
+                        Some(rounding) => {
+                            let values = gated.as_mut_ptr();
+                            (kernels.silu_mul)(values, up.as_ptr(), values, n);
+                            rounded[rounding as usize].round(kernels, rounding, values, n, g.from + s, from);
+                        }
+                    }
+                }
             }
         })
     }
 
-    fn outputs(&mut self, f: &FfnScratch, out: Buffer, width: usize, stride: usize) -> Result<(), Error> {
+    fn outputs(&mut self, f: &mut FfnScratch, out: Buffer, width: usize, stride: usize) -> Result<(), Error> {
         let work: usize = f.groups.iter().map(|g| (g.to - g.from) * g.inner * width).sum();
         let chunk = rows_per_task(width, work, self.pool.threads());
         let out = Shared::new(&mut self.buffers[out.0 as usize].values);
-        let inner = Input(f.inner.as_ptr());
+        let rounded = f.rounded.each_mut().map(|r| Some(r.view().rows()));
+        let x = Inputs { exact: f.inner.as_ptr(), stride, rounded };
         let (groups, tokens, weights) = (&f.groups, &f.tokens, &f.weights);
-        let (kernels, scratch, panel_len, identity) =
-            (self.kernels, &self.scratch, self.panel_len, &self.identity);
+        let (kernels, scratch, identity) = (self.kernels, &self.scratch, &self.identity);
         self.pool.run(width.div_ceil(chunk), &|task, thread| {
             let from = task * chunk;
             // SAFETY: the pool gave this thread its number.
             let panel = unsafe { &mut scratch.of(thread).panel };
             for g in groups {
-                let gemm = Gemm {
-                    w: g.down,
+                let product = Product {
                     rows: from..width.min(from + chunk),
-                    x: inner.get(),
-                    x_stride: stride,
+                    x,
                     tokens: &identity[g.from..g.to],
                     out: out.at(from),
                     out_stride: width,
                     out_rows: &tokens[g.from..g.to],
                     output: Output::AddScaled(&weights[g.from..g.to]),
-                    panel: panel.as_mut_ptr(),
-                    panel_len,
                 };
                 // SAFETY: slots are rows of `inner`, tokens rows of `out`; tasks write disjoint columns.
-                unsafe { (kernels.gemm)(&gemm) };
+                unsafe { g.down.multiply(kernels, &product, panel) };
             }
         })
     }
@@ -267,24 +275,32 @@ impl FfnScratch {
     fn push(
         &mut self,
         op: &'static str,
-        gate: &HostMatrix,
-        up: &HostMatrix,
-        down: &HostMatrix,
+        gate: MatrixRef,
+        up: MatrixRef,
+        down: MatrixRef,
         from: usize,
     ) -> Result<(), Error> {
-        expect(op, "up rows", gate.rows(), up.rows())?;
-        expect(op, "up columns", gate.cols(), up.cols())?;
-        expect(op, "down columns", gate.rows(), down.cols())?;
-        expect(op, "down rows", gate.cols(), down.rows())?;
-        self.groups.push(Group {
-            gate: WeightRef::new(gate),
-            up: WeightRef::new(up),
-            down: WeightRef::new(down),
-            inner: gate.rows(),
-            from,
-            to: self.tokens.len(),
-        });
+        expect(op, "up rows", gate.rows, up.rows)?;
+        expect(op, "up columns", gate.cols, up.cols)?;
+        expect(op, "down columns", gate.rows, down.cols)?;
+        expect(op, "down rows", gate.cols, down.rows)?;
+        self.groups.push(Group { gate, up, down, inner: gate.rows, from, to: self.tokens.len() });
         Ok(())
+    }
+
+    /// Makes room for the inner activations of all slots, in the forms that the `down` matrices ask for.
+    fn shape_inner(&mut self, stride: usize) {
+        let slots = self.tokens.len();
+        let asks = |r: Option<Rounding>| self.groups.iter().any(|g| g.down.rounding() == r);
+        let [exact, bf16, bytes] = [None, Some(Rounding::Bf16), Some(Rounding::Bytes)].map(asks);
+        if exact && self.inner.len() < slots * stride {
+            self.inner.resize(slots * stride, 0.0);
+        }
+        for (asked, rounding) in [(bf16, Rounding::Bf16), (bytes, Rounding::Bytes)] {
+            if asked {
+                self.rounded[rounding as usize].shape(rounding, slots, stride);
+            }
+        }
     }
 }
 

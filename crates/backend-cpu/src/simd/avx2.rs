@@ -111,4 +111,4 @@ impl Simd for V {
     }
 }
 
-super::kernels!(V, "avx2,fma,f16c");
+super::kernels!(V, super::panel::avx2::P, "avx2,fma,f16c");

@@ -112,4 +112,4 @@ impl Simd for V {
     }
 }
 
-super::kernels!(V, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");
+super::kernels!(V, super::panel::avx2::P, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");

@@ -1,6 +1,6 @@
 //! `y = x * W^T` for weights in any storage format.
 
-use oxseek_tensor::{DType, HostMatrix, dtype::FP8_BLOCK};
+use oxseek_tensor::{DType, HostMatrix, blocks, dtype::FP8_BLOCK};
 
 use super::Simd;
 
@@ -142,23 +142,35 @@ pub(super) unsafe fn gemm<S: Simd>(g: &Gemm<'_>) {
             DType::F16 => decoded_or_direct::<S, F16>(g),
             DType::BF16 => decoded_or_direct::<S, Bf16>(g),
             DType::F8E4M3 => decoded_or_direct::<S, E4m3>(g),
+            DType::Q8_0 | DType::Q4_0 | DType::Q4K => {
+                decoded::<S>(g, |row, out| decode_blocks(&g.w, row, out));
+            }
         }
     }
 }
 
 #[inline(always)]
 unsafe fn decoded_or_direct<S: Simd, D: Decode<S>>(g: &Gemm<'_>) {
-    let panel_rows = g.panel_len / g.w.cols / TILE_ROWS * TILE_ROWS;
-    if g.tokens.len() < DECODE_TOKENS_MIN || panel_rows == 0 {
-        // SAFETY: the caller's promise is passed on.
-        return unsafe { rows_of_w::<S, D>(g) };
+    // SAFETY: the caller's promise is passed on; `decoded` gives rows of `w` and room for them.
+    unsafe {
+        if g.tokens.len() < DECODE_TOKENS_MIN || g.panel_len < g.w.cols * TILE_ROWS {
+            rows_of_w::<S, D>(g);
+        } else {
+            decoded::<S>(g, |row, out| decode::<S, D>(&g.w, row, out));
+        }
     }
+}
+
+/// Decodes as many rows as the panel holds, uses them for all tokens, and goes on.
+#[inline(always)]
+unsafe fn decoded<S: Simd>(g: &Gemm<'_>, decode_row: impl Fn(usize, *mut f32)) {
+    let panel_rows = g.panel_len / g.w.cols / TILE_ROWS * TILE_ROWS;
+    assert!(panel_rows > 0, "the panel holds a tile of every matrix that was loaded");
     let mut from = g.rows.start;
     while from < g.rows.end {
         let to = g.rows.end.min(from + panel_rows);
         for row in from..to {
-            // SAFETY: the panel holds `panel_rows` rows of `cols` values.
-            unsafe { decode::<S, D>(&g.w, row, g.panel.add((row - from) * g.w.cols)) };
+            decode_row(row, g.panel.wrapping_add((row - from) * g.w.cols));
         }
         let part = Gemm {
             w: WeightRef::rows_of(g.panel, g.w.cols, g.w.cols),
@@ -169,6 +181,16 @@ unsafe fn decoded_or_direct<S: Simd, D: Decode<S>>(g: &Gemm<'_>) {
         // SAFETY: the decoded rows are F32 rows of the same width; the outputs are a part of the caller's.
         unsafe { rows_of_w::<S, F32>(&part) };
         from = to;
+    }
+}
+
+/// # Safety
+/// `row` is a row of `w`, `out` has room for `w.cols` values.
+unsafe fn decode_blocks(w: &WeightRef, row: usize, out: *mut f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let bytes = std::slice::from_raw_parts(w.data.add(row * w.row_bytes), w.row_bytes);
+        blocks::decode_row(w.dtype, bytes, std::slice::from_raw_parts_mut(out, w.cols));
     }
 }
 
@@ -284,6 +306,7 @@ pub(super) unsafe fn decode_row<S: Simd>(w: &WeightRef, row: usize, out: *mut f3
             DType::F16 => decode::<S, F16>(w, row, out),
             DType::BF16 => decode::<S, Bf16>(w, row, out),
             DType::F8E4M3 => decode::<S, E4m3>(w, row, out),
+            DType::Q8_0 | DType::Q4_0 | DType::Q4K => decode_blocks(w, row, out),
         }
     }
 }

@@ -124,4 +124,4 @@ impl Simd for V {
     }
 }
 
-super::kernels!(V, "neon");
+super::kernels!(V, super::panel::neon::P, "neon");

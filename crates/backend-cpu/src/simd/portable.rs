@@ -98,4 +98,4 @@ impl Simd for V {
     }
 }
 
-super::kernels!(V);
+super::kernels!(V, super::panel::portable::P);

@@ -1,0 +1,259 @@
+//! Weights laid out for the kernels of `simd/panel.rs`: the same bits in another order, never expanded.
+//!
+//! Sixteen rows form a group; padding repeats the last row. Within a group, four bytes of each row alternate, so that
+//! 64 bytes are one vector of sixteen rows: two BF16, four FP8 codes, four bytes of a block.
+
+#![allow(unsafe_code, reason = "layouts that threads share as pointers")]
+
+use oxseek_tensor::{DType, Error, HostMatrix, dtype::e4m3_to_f32};
+
+use crate::huge::{Arena, HugeBytes};
+
+/// Rows of a group.
+pub(crate) const GROUP_ROWS: usize = 16;
+/// Columns that share a scale of FP8 weights or of 8-bit activations.
+pub(crate) const RUN: usize = 128;
+/// Bytes of 16 rows of one FP8 block.
+pub(crate) const E4M3_BLOCK_BYTES: usize = GROUP_ROWS * RUN;
+
+/// Storage formats that have a packed layout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PackedFormat {
+    Bf16,
+    E4m3,
+    Q8_0,
+    Q4_0,
+    Q4K,
+}
+
+/// What activations are rounded to before they meet a format's weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rounding {
+    /// BF16.
+    Bf16,
+    /// Signed bytes with a scale per 128 columns.
+    Bytes,
+}
+
+impl PackedFormat {
+    pub(crate) fn of(dtype: DType) -> Option<Self> {
+        match dtype {
+            DType::F32 | DType::F16 => None,
+            DType::BF16 => Some(Self::Bf16),
+            DType::F8E4M3 => Some(Self::E4m3),
+            DType::Q8_0 => Some(Self::Q8_0),
+            DType::Q4_0 => Some(Self::Q4_0),
+            DType::Q4K => Some(Self::Q4K),
+        }
+    }
+
+    pub(crate) fn rounding(self) -> Rounding {
+        match self {
+            Self::Bf16 | Self::E4m3 => Rounding::Bf16,
+            Self::Q8_0 | Self::Q4_0 | Self::Q4K => Rounding::Bytes,
+        }
+    }
+
+    /// Bytes before the codes of an FP8 group: its scales, in whole cache lines.
+    fn header_bytes(self, cols: usize) -> usize {
+        match self {
+            Self::E4m3 => (cols.div_ceil(RUN) * 4).next_multiple_of(64),
+            _ => 0,
+        }
+    }
+
+    fn group_bytes(self, cols: usize) -> usize {
+        match self {
+            Self::Bf16 => cols.div_ceil(2) * 64,
+            Self::E4m3 => self.header_bytes(cols) + cols.div_ceil(RUN) * E4M3_BLOCK_BYTES,
+            Self::Q8_0 => cols / 32 * 34 * GROUP_ROWS,
+            Self::Q4_0 => cols / 32 * 18 * GROUP_ROWS,
+            Self::Q4K => cols / 256 * 144 * GROUP_ROWS,
+        }
+    }
+}
+
+/// A packed matrix as kernels see it.
+#[derive(Clone, Copy)]
+pub(crate) struct PanelRef {
+    pub(crate) format: PackedFormat,
+    pub(crate) data: *const u8,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) group_bytes: usize,
+    pub(crate) header_bytes: usize,
+}
+
+// SAFETY: it only points to weights, which nobody writes.
+unsafe impl Send for PanelRef {}
+// SAFETY: as above.
+unsafe impl Sync for PanelRef {}
+
+impl PanelRef {
+    /// The layout of a matrix in `format`, without data.
+    pub(crate) fn layout(format: PackedFormat, rows: usize, cols: usize) -> Self {
+        let (group_bytes, header_bytes) = (format.group_bytes(cols), format.header_bytes(cols));
+        Self { format, data: std::ptr::null(), rows, cols, group_bytes, header_bytes }
+    }
+
+    /// Where a group begins.
+    #[inline(always)]
+    #[allow(clippy::inline_always, reason = "part of the innermost kernels")]
+    pub(crate) fn group(&self, group: usize) -> *const u8 {
+        self.data.wrapping_add(group * self.group_bytes)
+    }
+
+    pub(crate) fn groups(&self) -> usize {
+        self.rows.div_ceil(GROUP_ROWS)
+    }
+}
+
+/// A packed matrix in memory of its own.
+pub(crate) struct Packed {
+    panel: PanelRef,
+    _bytes: HugeBytes,
+}
+
+impl Packed {
+    /// Packs all of `m`.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]
+    pub(crate) fn new(m: &HostMatrix, format: PackedFormat, arena: &mut Arena) -> Result<Self, Error> {
+        let layout = PanelRef::layout(format, m.rows(), m.cols());
+        let mut bytes = arena.alloc(layout.groups() * layout.group_bytes)?;
+        for (group, out) in bytes.as_mut().chunks_exact_mut(layout.group_bytes).enumerate() {
+            pack_group(m, format, group, out);
+        }
+        Ok(Self { panel: PanelRef { data: bytes.as_ptr(), ..layout }, _bytes: bytes })
+    }
+
+    pub(crate) fn panel(&self) -> PanelRef {
+        self.panel
+    }
+}
+
+/// Packs the sixteen rows of one group into `out`.
+pub(crate) fn pack_group(m: &HostMatrix, format: PackedFormat, group: usize, out: &mut [u8]) {
+    let n = m.row_bytes();
+    let rows: [&[u8]; GROUP_ROWS] = std::array::from_fn(|r| {
+        let row = (group * GROUP_ROWS + r).min(m.rows() - 1);
+        &m.data()[row * n..][..n]
+    });
+    match format {
+        PackedFormat::Bf16 => pack_words(&rows, 0, n, out),
+        PackedFormat::E4m3 => pack_e4m3(&rows, m, group, out),
+        PackedFormat::Q8_0 => {
+            for (b, out) in out.chunks_exact_mut(34 * GROUP_ROWS).enumerate() {
+                let (scales, units) = out.split_at_mut(32);
+                pack_halves(&rows, b * 34, scales);
+                pack_words(&rows, b * 34 + 2, 32, units);
+                units.iter_mut().for_each(|q| *q ^= 0x80);
+            }
+        }
+        PackedFormat::Q4_0 => {
+            for (b, out) in out.chunks_exact_mut(18 * GROUP_ROWS).enumerate() {
+                let (scales, units) = out.split_at_mut(32);
+                pack_halves(&rows, b * 18, scales);
+                pack_words(&rows, b * 18 + 2, 16, units);
+            }
+        }
+        PackedFormat::Q4K => {
+            for (b, out) in out.chunks_exact_mut(144 * GROUP_ROWS).enumerate() {
+                let (halves, words) = out.split_at_mut(64);
+                pack_halves(&rows, b * 144, &mut halves[..32]);
+                pack_halves(&rows, b * 144 + 2, &mut halves[32..]);
+                pack_words(&rows, b * 144 + 4, 140, words);
+            }
+        }
+    }
+}
+
+/// `len` bytes of each row from `at` on, four at a time; what is missing of the last four is zero.
+fn pack_words(rows: &[&[u8]; GROUP_ROWS], at: usize, len: usize, out: &mut [u8]) {
+    let rows = rows.map(|r| &r[at..at + len]);
+    let whole = len / 4;
+    let (lines, _) = out.as_chunks_mut::<64>();
+    for (r, row) in rows.iter().enumerate() {
+        let (words, rest) = row.as_chunks::<4>();
+        for (line, word) in lines.iter_mut().zip(words) {
+            line[r * 4..r * 4 + 4].copy_from_slice(word);
+        }
+        if !rest.is_empty() {
+            let last = &mut lines[whole][r * 4..r * 4 + 4];
+            last.fill(0);
+            last[..rest.len()].copy_from_slice(rest);
+        }
+    }
+}
+
+/// One half of each row.
+fn pack_halves(rows: &[&[u8]; GROUP_ROWS], at: usize, out: &mut [u8]) {
+    for (row, out) in rows.iter().zip(out.chunks_exact_mut(2)) {
+        out.copy_from_slice(&row[at..at + 2]);
+    }
+}
+
+/// The scales of the group's blocks, then its codes: of four codes of a row the first two lie in the first half of 16
+/// bytes and the last two in the second half, four rows to each 16 bytes. Widening a half gives pairs in row order.
+fn pack_e4m3(rows: &[&[u8]; GROUP_ROWS], m: &HostMatrix, group: usize, out: &mut [u8]) {
+    let (header, codes) = out.split_at_mut(PackedFormat::E4m3.header_bytes(m.cols()));
+    let grid = m.cols().div_ceil(RUN);
+    let scales = m.scales().unwrap_or_default();
+    let of_group = &scales[group * GROUP_ROWS / RUN * grid..][..grid];
+    for (out, scale) in header.chunks_exact_mut(4).zip(of_group) {
+        out.copy_from_slice(&scale.to_le_bytes());
+    }
+    // What lies past the last column must be a number.
+    codes[(grid - 1) * E4M3_BLOCK_BYTES..].fill(0);
+    let (lines, _) = codes.as_chunks_mut::<64>();
+    for (r, row) in rows.iter().enumerate() {
+        let at = r / 4 * 16 + r % 4 * 2;
+        for (line, four) in lines.iter_mut().zip(row.chunks(4)) {
+            for (i, code) in four.iter().enumerate() {
+                line[at + i / 2 * 8 + i % 2] = *code;
+            }
+        }
+    }
+}
+
+/// The low and the high bytes of the BF16 values of the E4M3 codes without sign: every one is exact.
+pub(crate) static E4M3_TO_BF16: ([u8; 128], [u8; 128]) = {
+    let (mut low, mut high) = ([0; 128], [0; 128]);
+    let mut code = 0;
+    while code < 128 {
+        let bits = e4m3_to_f32(code as u8).to_bits() >> 16;
+        (low[code], high[code]) = (bits as u8, (bits >> 8) as u8);
+        code += 1;
+    }
+    (low, high)
+};
+
+#[cfg(test)]
+mod tests {
+    use oxseek_tensor::{conformance::Random, dtype::bf16_to_f32};
+
+    use super::*;
+
+    #[test]
+    fn every_e4m3_code_is_exact_in_bf16() {
+        for code in 0..127u8 {
+            let bits = u16::from_le_bytes([E4M3_TO_BF16.0[code as usize], E4M3_TO_BF16.1[code as usize]]);
+            assert_eq!(bf16_to_f32(bits).to_bits(), e4m3_to_f32(code).to_bits());
+        }
+        assert!(bf16_to_f32(u16::from_le_bytes([E4M3_TO_BF16.0[127], E4M3_TO_BF16.1[127]])).is_nan());
+    }
+
+    #[test]
+    fn a_group_has_each_row_in_its_lane() {
+        let m = Random::new(1).matrix(DType::BF16, 19, 5).unwrap();
+        let layout = PanelRef::layout(PackedFormat::Bf16, 19, 5);
+        let mut out = vec![0xaa; layout.group_bytes];
+        pack_group(&m, PackedFormat::Bf16, 1, &mut out);
+        for r in 0..GROUP_ROWS {
+            let row = &m.data()[(16 + r).min(18) * 10..][..10];
+            let found: Vec<u8> = (0..3).flat_map(|u| out[u * 64 + r * 4..][..4].to_vec()).collect();
+            assert_eq!((&found[..10], &found[10..]), (row, [0, 0].as_slice()), "row {r}");
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! Sixteen rows in two vectors of AVX2.
+
+use std::arch::x86_64::*;
+
+use super::Panel;
+
+/// Sixteen rows in two vectors.
+pub(crate) struct P;
+
+/// Brings a code that was moved into F32's exponent field back to its value.
+const E4M3_SHIFT: f32 = f32::from_bits((120 + 127) << 23);
+
+fn each<A: Copy, B: Copy, C>(a: [A; 2], b: [B; 2], f: impl Fn(A, B) -> C) -> [C; 2] {
+    [f(a[0], b[0]), f(a[1], b[1])]
+}
+
+// SAFETY of every block below: the level's kernels run only where AVX2, FMA and F16C were detected, and pointers have
+// the bytes that the trait asks for; all loads and stores are unaligned ones.
+impl Panel for P {
+    type F = [__m256; 2];
+    type I = [__m256i; 2];
+    /// The even and the odd weights of the pairs, in F32.
+    type W = [[__m256; 2]; 2];
+    type U = [__m256i; 2];
+    type X = [__m256; 2];
+    const TILE_TOKENS: usize = 4;
+    const PAIRS: bool = false;
+    const OFFSET_IN_SUMS: bool = false;
+
+    #[inline(always)]
+    unsafe fn splat(v: f32) -> Self::F {
+        // SAFETY: above.
+        unsafe { [_mm256_set1_ps(v); 2] }
+    }
+    #[inline(always)]
+    unsafe fn store(v: Self::F, p: *mut f32) {
+        // SAFETY: above.
+        unsafe {
+            _mm256_storeu_ps(p, v[0]);
+            _mm256_storeu_ps(p.add(8), v[1]);
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u8) -> Self::F {
+        // SAFETY: above.
+        unsafe {
+            [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(16).cast()))]
+        }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        // SAFETY: above.
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: above.
+        each(a, b, |a, b| unsafe { _mm256_mul_ps(a, b) })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u8) -> Self::W {
+        // SAFETY: above.
+        unsafe {
+            let v = [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())];
+            let odd = _mm256_set1_epi32(-65536);
+            [
+                v.map(|v| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(v))),
+                v.map(|v| _mm256_castsi256_ps(_mm256_and_si256(v, odd))),
+            ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> [Self::W; 2] {
+        // SAFETY: above.
+        unsafe {
+            let decode = |code: __m256i| {
+                let rest = _mm256_and_si256(_mm256_slli_epi32::<20>(code), _mm256_set1_epi32(0x07f0_0000));
+                let sign = _mm256_and_si256(_mm256_slli_epi32::<24>(code), _mm256_set1_epi32(i32::MIN));
+                let bits = _mm256_castsi256_ps(_mm256_or_si256(rest, sign));
+                _mm256_mul_ps(bits, _mm256_set1_ps(E4M3_SHIFT))
+            };
+            // Rows 0..8 or 8..16, each a word of its two codes.
+            let pairs = |half: usize, rows: usize| {
+                let p = p.add(rows * 32 + half * 8);
+                let two = _mm_unpacklo_epi64(_mm_loadl_epi64(p.cast()), _mm_loadl_epi64(p.add(16).cast()));
+                _mm256_cvtepu16_epi32(two)
+            };
+            let half = |h: usize| {
+                let v = [pairs(h, 0), pairs(h, 1)];
+                [v.map(decode), v.map(|v| decode(_mm256_srli_epi32::<8>(v)))]
+            };
+            [half(0), half(1)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair(p: *const u8) -> Self::X {
+        // SAFETY: above.
+        unsafe {
+            let both = p.cast::<u32>().read_unaligned();
+            [_mm256_set1_ps(f32::from_bits(both << 16)), _mm256_set1_ps(f32::from_bits(both & 0xffff_0000))]
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_bf16(acc: Self::F, w: Self::W, x: Self::X) -> Self::F {
+        // SAFETY: above.
+        unsafe {
+            let acc = each(acc, w[0], |a, w| _mm256_fmadd_ps(w, x[0], a));
+            each(acc, w[1], |a, w| _mm256_fmadd_ps(w, x[1], a))
+        }
+    }
+    #[inline(always)]
+    unsafe fn zero_i() -> Self::I {
+        // SAFETY: above.
+        unsafe { [_mm256_setzero_si256(); 2] }
+    }
+    #[inline(always)]
+    unsafe fn splat_shifted<const SHIFT: u32>(p: *const i32) -> Self::I {
+        // SAFETY: above.
+        unsafe { [_mm256_set1_epi32(*p << SHIFT); 2] }
+    }
+    #[inline(always)]
+    unsafe fn to_f32(v: Self::I) -> Self::F {
+        // SAFETY: above.
+        v.map(|v| unsafe { _mm256_cvtepi32_ps(v) })
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self::U {
+        // SAFETY: above.
+        unsafe { [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())] }
+    }
+    #[inline(always)]
+    unsafe fn low_nibbles(v: Self::U) -> Self::U {
+        // SAFETY: above.
+        v.map(|v| unsafe { _mm256_and_si256(v, _mm256_set1_epi8(15)) })
+    }
+    #[inline(always)]
+    unsafe fn high_nibbles(v: Self::U) -> Self::U {
+        // SAFETY: above.
+        v.map(|v| unsafe { _mm256_and_si256(_mm256_srli_epi16::<4>(v), _mm256_set1_epi8(15)) })
+    }
+    /// Pairs of products stay within 16 bits: 2 * 127 * 127 < 2^15.
+    #[inline(always)]
+    unsafe fn dot_u7(acc: Self::I, w: Self::U, x: *const u8) -> Self::I {
+        // SAFETY: above.
+        unsafe {
+            let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
+            each(acc, w, |acc, w| {
+                let pairs = _mm256_maddubs_epi16(w, x);
+                _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            })
+        }
+    }
+    /// The sign goes over to x; a weight of -128 becomes 128, and 2 * 128 * 127 < 2^15.
+    #[inline(always)]
+    unsafe fn dot_s8(acc: Self::I, w: Self::U, x: *const u8) -> Self::I {
+        // SAFETY: above.
+        unsafe {
+            let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
+            each(acc, w, |acc, w| {
+                let w = _mm256_xor_si256(w, _mm256_set1_epi8(i8::MIN));
+                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+                _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            })
+        }
+    }
+    #[inline(always)]
+    unsafe fn bits<const SHIFT: u32, const MASK: i32>(p: *const u8) -> Self::I {
+        // SAFETY: above.
+        unsafe {
+            let shift = _mm_cvtsi32_si128(SHIFT as i32);
+            [p, p.add(32)].map(|p| {
+                let words = _mm256_srl_epi32(_mm256_loadu_si256(p.cast()), shift);
+                _mm256_and_si256(words, _mm256_set1_epi32(MASK))
+            })
+        }
+    }
+    #[inline(always)]
+    unsafe fn join<const SHIFT: u32>(a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: above.
+        unsafe {
+            let shift = _mm_cvtsi32_si128(SHIFT as i32);
+            each(a, b, |a, b| _mm256_or_si256(a, _mm256_sll_epi32(b, shift)))
+        }
+    }
+}
