@@ -36,6 +36,11 @@ impl HugeBytes {
         self.chunk.base.wrapping_add(self.offset)
     }
 
+    pub(crate) fn as_ref(&self) -> &[u8] {
+        // SAFETY: as in `as_mut`, and nobody writes while this is borrowed.
+        unsafe { std::slice::from_raw_parts(self.as_ptr(), self.len) }
+    }
+
     pub(crate) fn as_mut(&mut self) -> &mut [u8] {
         // SAFETY: the arena gave these bytes to this value alone, inside of the chunk, which it keeps alive.
         unsafe { std::slice::from_raw_parts_mut(self.chunk.base.add(self.offset), self.len) }

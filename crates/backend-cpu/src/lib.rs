@@ -6,6 +6,7 @@
 //! * `simd/`: the kernels. `ops/`: what each op forks and how rows become tasks.
 #![deny(unsafe_code)]
 
+mod bandwidth;
 mod detect;
 mod huge;
 mod matrix;
@@ -13,6 +14,7 @@ mod memory;
 mod ops;
 mod packed;
 mod packing;
+mod profile;
 mod rounded;
 mod simd;
 mod threads;
@@ -22,12 +24,13 @@ use std::task::{Context, Poll};
 use oxseek_tensor::{
     Backend, DType, Error, HostMatrix,
     backend::{
-        BLOCK_TOKENS, Buffer, Cache, CacheShape, DeviceInfo, ExpertMatrices, Experts, MlaShape, Mlp, Read,
-        Rope, RouterShape, Routing, StepInput, Vector, Weight,
+        BLOCK_TOKENS, Buffer, Cache, CacheShape, DeviceInfo, ExpertMatrices, Experts, MlaShape, Mlp, OpCost,
+        Read, Rope, RouterShape, Routing, StepInput, Vector, Weight,
     },
     error::{at_most, expect, shape_error},
 };
 
+pub use bandwidth::read_bandwidth;
 pub use detect::Level;
 use matrix::{Matrix, MatrixRef};
 use memory::PerThread;
@@ -127,6 +130,7 @@ pub struct CpuBackend {
     scratch: PerThread,
     panel_len: usize,
     precision: Precision,
+    profile: profile::Profile,
     matrices: Vec<Matrix>,
     packer: Packer,
     vectors: Vec<Vec<f32>>,
@@ -167,6 +171,7 @@ impl CpuBackend {
             pool,
             panel_len: 0,
             precision: options.precision,
+            profile: profile::Profile::default(),
             matrices: Vec::new(),
             packer: Packer::default(),
             vectors: Vec::new(),
@@ -225,6 +230,14 @@ impl CpuBackend {
         }
         self.matrices.push(Matrix::new(m, format));
         Ok(number)
+    }
+
+    /// Runs an op and notes what it cost. Two looks at the clock are nothing beside an op.
+    fn timed<T>(&mut self, op: &'static str, run: impl FnOnce(&mut Self) -> T) -> T {
+        let since = std::time::Instant::now();
+        let result = run(self);
+        self.profile.add(op, since);
+        result
     }
 
     /// Takes over what the packer has finished.
@@ -388,6 +401,10 @@ impl Backend for CpuBackend {
         Ok(Cache(push(&mut self.caches, LatentCache { shape, values })))
     }
 
+    fn take_profile(&mut self) -> Vec<OpCost> {
+        std::mem::take(&mut self.profile.costs)
+    }
+
     fn settle(&mut self) -> Result<(), Error> {
         self.take_packed(true);
         Ok(())
@@ -407,7 +424,7 @@ impl Backend for CpuBackend {
 
     fn embed(&mut self, table: Weight, out: Buffer) -> Result<(), Error> {
         self.touch(out);
-        self.embed_rows(table, out)
+        self.timed("embed", |b| b.embed_rows(table, out))
     }
 
     fn rms_norm(
@@ -419,22 +436,22 @@ impl Backend for CpuBackend {
         rows: usize,
     ) -> Result<(), Error> {
         self.touch(out);
-        self.norm_rows(x, weight, eps, out, rows)
+        self.timed("rms_norm", |b| b.norm_rows(x, weight, eps, out, rows))
     }
 
     fn matmul(&mut self, x: Buffer, weight: Weight, out: Buffer, rows: usize) -> Result<(), Error> {
         self.touch(out);
-        self.project("matmul", x, weight, out, rows, simd::Output::Store)
+        self.timed("matmul", |b| b.project("matmul", x, weight, out, rows, simd::Output::Store))
     }
 
     fn matmul_add(&mut self, x: Buffer, weight: Weight, out: Buffer, rows: usize) -> Result<(), Error> {
         self.touch(out);
-        self.project("matmul_add", x, weight, out, rows, simd::Output::Add)
+        self.timed("matmul_add", |b| b.project("matmul_add", x, weight, out, rows, simd::Output::Add))
     }
 
     fn rope_queries(&mut self, shape: &MlaShape, rope: Rope, q: Buffer) -> Result<(), Error> {
         self.touch(q);
-        self.rotate_queries(shape, rope, q)
+        self.timed("rope_queries", |b| b.rotate_queries(shape, rope, q))
     }
 
     fn mla_append(
@@ -447,7 +464,7 @@ impl Backend for CpuBackend {
         cache: Cache,
         layer: usize,
     ) -> Result<(), Error> {
-        self.append_latent(shape, rope, weight, eps, kv, cache, layer)
+        self.timed("mla_append", |b| b.append_latent(shape, rope, weight, eps, kv, cache, layer))
     }
 
     fn mla_attend(
@@ -460,12 +477,12 @@ impl Backend for CpuBackend {
         out: Buffer,
     ) -> Result<(), Error> {
         self.touch(out);
-        self.attend(shape, q, kv_b, cache, layer, out)
+        self.timed("mla_attend", |b| b.attend(shape, q, kv_b, cache, layer, out))
     }
 
     fn mlp(&mut self, x: Buffer, mlp: &Mlp, out: Buffer) -> Result<(), Error> {
         self.touch(out);
-        self.dense_ffn(x, mlp, out)
+        self.timed("mlp", |b| b.dense_ffn(x, mlp, out))
     }
 
     fn route(
@@ -476,7 +493,7 @@ impl Backend for CpuBackend {
         bias: Option<Vector>,
         out: Routing,
     ) -> Result<(), Error> {
-        self.route_rows(shape, x, gate, bias, out)
+        self.timed("route", |b| b.route_rows(shape, x, gate, bias, out))
     }
 
     fn moe(
@@ -488,7 +505,7 @@ impl Backend for CpuBackend {
         out: Buffer,
     ) -> Result<(), Error> {
         self.touch(out);
-        self.routed_ffn(x, routing, experts, shared, out)
+        self.timed("moe", |b| b.routed_ffn(x, routing, experts, shared, out))
     }
 
     fn gather_rows(&mut self, x: Buffer, rows: &[u32], out: Buffer) -> Result<(), Error> {

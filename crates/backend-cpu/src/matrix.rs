@@ -41,6 +41,7 @@ impl Matrix {
             weight: WeightRef::new(&self.stored),
             rows: self.stored.rows(),
             cols: self.stored.cols(),
+            bytes: self.stored.total_bytes(),
             stored: &raw const self.stored,
             format: self.format,
             panel: self.packed.as_ref().map(Packed::panel),
@@ -54,6 +55,8 @@ pub(crate) struct MatrixRef {
     weight: WeightRef,
     pub(crate) rows: usize,
     pub(crate) cols: usize,
+    /// What one full read moves.
+    pub(crate) bytes: usize,
     stored: *const HostMatrix,
     format: Option<PackedFormat>,
     panel: Option<PanelRef>,

@@ -33,7 +33,7 @@ pub(crate) use panel::{PanelGemm, RowsRef};
 pub(crate) struct Kernels {
     pub(crate) gemm: unsafe fn(&Gemm<'_>),
     pub(crate) decode_row: unsafe fn(&WeightRef, usize, *mut f32),
-    pub(crate) axpy: unsafe fn(f32, *const f32, *mut f32, usize),
+    pub(crate) weighted_sum: unsafe fn(&WeightRef, usize, *const f32, usize, *mut f32, *mut f32),
     pub(crate) weighted_rows: unsafe fn(&elementwise::WeightedRows),
     pub(crate) softmax_block: unsafe fn(*mut f32, usize, f32, f32) -> (f32, f32),
     pub(crate) silu_mul: unsafe fn(*const f32, *const f32, *mut f32, usize),
@@ -93,9 +93,16 @@ macro_rules! kernels {
             unsafe { algorithm::decode_row::<$simd>(w, row, out) }
         }
         $(#[target_feature(enable = $features)])?
-        unsafe fn axpy(a: f32, x: *const f32, y: *mut f32, n: usize) {
+        unsafe fn weighted_sum(
+            w: &WeightRef,
+            first: usize,
+            p: *const f32,
+            n: usize,
+            out: *mut f32,
+            row: *mut f32,
+        ) {
             // SAFETY: the caller's promise is passed on.
-            unsafe { elementwise::axpy::<$simd>(a, x, y, n) }
+            unsafe { algorithm::weighted_sum::<$simd>(w, first, p, n, out, row) }
         }
         $(#[target_feature(enable = $features)])?
         unsafe fn weighted_rows(w: &WeightedRows) {
@@ -137,7 +144,7 @@ macro_rules! kernels {
         pub(crate) static KERNELS: Kernels = Kernels {
             gemm,
             decode_row,
-            axpy,
+            weighted_sum,
             weighted_rows,
             softmax_block,
             silu_mul,

@@ -12,7 +12,7 @@ mod segments;
 
 use oxseek_tensor::{
     Backend,
-    backend::{BLOCK_TOKENS, Cache, DeviceInfo, MlaShape, StepInput, Vector, Weight, read_now},
+    backend::{BLOCK_TOKENS, Cache, DeviceInfo, MlaShape, OpCost, StepInput, Vector, Weight, read_now},
 };
 use oxseek_weights::{Checkpoint, ModelConfig};
 use thiserror::Error;
@@ -133,6 +133,11 @@ impl DeepSeek {
     }
 
     /// What it runs on.
+    /// What each op of the backend has cost since the last call.
+    pub fn take_profile(&mut self) -> Vec<OpCost> {
+        self.backend.take_profile()
+    }
+
     /// Waits for work that the backend still does in the background after loading.
     ///
     /// # Errors

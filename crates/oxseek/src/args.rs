@@ -172,6 +172,9 @@ pub struct BenchArgs {
     #[arg(short, long, default_value = "1,8", value_delimiter = ',')]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
     pub batch: Vec<u16>,
+    /// Show where the time went, op by op
+    #[arg(long)]
+    pub profile: bool,
     /// Runs of each test; the median counts
     #[arg(short, long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub repeat: u16,

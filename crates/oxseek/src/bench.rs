@@ -2,12 +2,12 @@
 
 use std::{io::Write, time::Instant};
 
+use oxseek_backend_cpu::read_bandwidth;
 use oxseek_model::{Batch, DeepSeek, Footprint, LanguageModel, LoadOptions, LogitRows, kv::blocks_for};
-use oxseek_tensor::backend::BLOCK_TOKENS;
+use oxseek_tensor::backend::{BLOCK_TOKENS, OpCost};
 
 use crate::{
     args::BenchArgs,
-    bandwidth::read_bandwidth,
     failure::Failure,
     inspect::size,
     open::{cpu_backend, open_checkpoint},
@@ -49,19 +49,48 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     let mut model = DeepSeek::load(&checkpoint, Box::new(backend), options, &mut |_, _| {})
         .map_err(|e| Failure::Model(e.to_string()))?;
     model.settle().map_err(|e| Failure::Run(e.to_string()))?;
-    let limit = read_bandwidth(threads);
+    let limit = read_bandwidth(threads).map_err(|e| Failure::Run(e.to_string()))?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "model      {name}, {} active weights per token", size(footprint.bytes_per_token))?;
     writeln!(out, "device     {}", model.device().device)?;
-    writeln!(out, "memory     {:.1} GB/s read by {threads} threads (4 KiB pages)", limit / 1e9)?;
+    writeln!(out, "memory     {:.1} GB/s read by {threads} threads in 2 MiB pages", limit / 1e9)?;
     writeln!(out, "\n| test  | batch | tokens/s | slowest-fastest | bytes/token | GB/s  | % of read |")?;
     writeln!(out, "|-------|-------|----------|-----------------|-------------|-------|-----------|")?;
+    let mut profiles = Vec::new();
     for &batch in &args.batch {
         for (test, count, prefill) in [("pp", prompt, true), ("tg", generate, false)] {
             let run = Run { batch: batch.into(), count, prefill };
             let row = run.measure(&mut model, &format!("{test}{count}"), args.repeat, &footprint)?;
             print_row(&mut out, &row, &footprint, limit)?;
+            profiles.push((row.test, batch, usize::from(args.repeat), model.take_profile()));
         }
+    }
+    if args.profile {
+        for (test, batch, runs, costs) in profiles {
+            writeln!(out, "\n{test}, batch {batch}, by op and run")?;
+            print_profile(&mut out, runs, &costs, limit)?;
+        }
+    }
+    Ok(())
+}
+
+/// Where the time of a test went.
+fn print_profile(out: &mut impl Write, runs: usize, costs: &[OpCost], limit: f64) -> Result<(), Failure> {
+    writeln!(out, "| op           |  calls | milliseconds | % of time |  GB/s | % of read |")?;
+    writeln!(out, "|--------------|--------|--------------|-----------|-------|-----------|")?;
+    let total: f64 = costs.iter().map(|c| c.seconds).sum();
+    for c in costs {
+        let rate = c.bytes as f64 / c.seconds;
+        writeln!(
+            out,
+            "| {:<12} | {:>6} | {:>12.2} | {:>9.1} | {:>5.1} | {:>9.0} |",
+            c.op,
+            c.calls / runs as u64,
+            c.seconds * 1e3 / runs as f64,
+            c.seconds / total * 100.0,
+            rate / 1e9,
+            rate / limit * 100.0
+        )?;
     }
     Ok(())
 }
@@ -91,6 +120,7 @@ struct Run {
 impl Run {
     fn measure(&self, model: &mut DeepSeek, test: &str, repeat: u16, f: &Footprint) -> Result<Row, Failure> {
         self.once(model)?; // warms caches and pages
+        model.take_profile();
         let mut rates = Vec::new();
         for _ in 0..repeat {
             rates.push((self.batch * self.count) as f64 / self.once(model)?);

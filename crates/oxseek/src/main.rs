@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 
 mod args;
-mod bandwidth;
 mod bench;
 mod chat;
 mod conversation;

@@ -123,6 +123,19 @@ pub struct MlaShape {
     pub softmax_scale: f32,
 }
 
+/// What one op has cost since the profile began.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OpCost {
+    /// The op, as the backend door names it.
+    pub op: &'static str,
+    /// How often it ran.
+    pub calls: u64,
+    /// Time spent in it.
+    pub seconds: f64,
+    /// Bytes of weights and cache that it read, each counted once per call.
+    pub bytes: u64,
+}
+
 /// How a router turns logits into choices (DeepSeek-V3 paper, section 2.1.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scoring {
@@ -269,6 +282,11 @@ pub trait Backend: Send {
 
     /// Makes the paged latent cache.
     fn alloc_cache(&mut self, shape: CacheShape) -> Result<Cache, Error>;
+
+    /// What each op has cost since the last call; empty when the backend does not measure.
+    fn take_profile(&mut self) -> Vec<OpCost> {
+        Vec::new()
+    }
 
     /// Waits for work that the backend does in the background after loading, such as laying weights out anew, so that
     /// what follows runs at its full speed. Results do not depend on it.

@@ -79,11 +79,13 @@ impl CpuBackend {
         let w = self.matrix(op, kv_b)?;
         expect(op, "kv_b rows", shape.heads * (shape.nope + shape.value), w.rows())?;
         expect(op, "kv_b columns", shape.latent, w.cols())?;
-        let kv_b = WeightRef::new(w);
+        let (kv_b, kv_b_bytes) = (WeightRef::new(w), w.total_bytes());
         self.sized(op, q, self.rows(), shape.heads * (shape.nope + shape.rope))?;
         self.sized(op, out, self.rows(), shape.heads * shape.value)?;
         let c = self.cache(op, cache, layer, shape)?;
         let cache = CacheRows { rows: Input(c.values[c.offset(layer, 0, 0)..].as_ptr()), width: c.width() };
+        let rows: usize = self.step.segments.iter().map(|s| s.start + s.rows).sum();
+        self.profile.bytes += (kv_b_bytes + rows * (shape.latent + shape.rope) * 4) as u64;
         self.count_to(self.rows().max(shape.heads));
         let tasks = self.attention_tasks(shape);
         let attention = Attention {
@@ -207,14 +209,9 @@ impl Attention<'_> {
         for h in 0..group {
             let q = q_row.wrapping_add((from + h) * (nope + rope));
             let (absorbed, rotated) = q_latent[h * width..][..width].split_at_mut(latent);
-            absorbed.fill(0.0);
-            for d in 0..nope {
-                // SAFETY: the row is one of this head's key rows; all slices hold `latent` values; q has `nope`.
-                unsafe {
-                    (self.kernels.decode_row)(&self.kv_b, self.key_row(from + h) + d, decoded.as_mut_ptr());
-                    (self.kernels.axpy)(*q.add(d), decoded.as_ptr(), absorbed.as_mut_ptr(), latent);
-                }
-            }
+            let (first, out, row) = (self.key_row(from + h), absorbed.as_mut_ptr(), decoded.as_mut_ptr());
+            // SAFETY: these are the head's key rows; `absorbed` and `decoded` hold `latent` values; q has `nope`.
+            unsafe { (self.kernels.weighted_sum)(&self.kv_b, first, q, nope, out, row) };
             // SAFETY: the rope part of this head's query.
             rotated.copy_from_slice(unsafe { std::slice::from_raw_parts(q.add(nope), rope) });
             state[2 * h..2 * h + 2].copy_from_slice(&[f32::NEG_INFINITY, 0.0]);

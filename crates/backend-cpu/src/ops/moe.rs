@@ -141,6 +141,8 @@ impl CpuBackend {
         let stride = f.groups.iter().map(|g| g.inner).max().unwrap_or(0);
         f.shape_inner(stride);
         self.count_to(f.tokens.len());
+        self.profile.bytes +=
+            f.groups.iter().map(|g| (g.gate.bytes + g.up.bytes + g.down.bytes) as u64).sum::<u64>();
         let weights: Vec<MatrixRef> = f.groups.iter().flat_map(|g| [g.gate, g.up]).collect();
         let x = self.inputs(x, rows, &weights)?;
         self.inner_activations(f, x, stride)?;

@@ -311,6 +311,79 @@ pub(super) unsafe fn decode_row<S: Simd>(w: &WeightRef, row: usize, out: *mut f3
     }
 }
 
+/// `out = sum_j p[j] * w[first + j]` over `n` rows: the product with a transposed part of W.
+///
+/// # Safety
+/// The rows are rows of `w`; `p` has `n` values and `out` room for `w.cols`; `row` has room for one decoded row; the
+/// CPU features of `S`.
+#[inline(always)]
+pub(super) unsafe fn weighted_sum<S: Simd>(
+    w: &WeightRef,
+    first: usize,
+    p: *const f32,
+    n: usize,
+    out: *mut f32,
+    row: *mut f32,
+) {
+    // SAFETY: the caller's promise is passed on.
+    unsafe {
+        match w.dtype {
+            DType::F32 => weighted_columns::<S, F32>(w, first, p, n, out, row),
+            DType::F16 => weighted_columns::<S, F16>(w, first, p, n, out, row),
+            DType::BF16 => weighted_columns::<S, Bf16>(w, first, p, n, out, row),
+            DType::F8E4M3 => weighted_columns::<S, E4m3>(w, first, p, n, out, row),
+            DType::Q8_0 | DType::Q4_0 | DType::Q4K => {
+                std::slice::from_raw_parts_mut(out, w.cols).fill(0.0);
+                for j in 0..n {
+                    decode_blocks(w, first + j, row);
+                    super::elementwise::axpy::<S>(*p.add(j), row, out, w.cols);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn weighted_columns<S: Simd, D: Decode<S>>(
+    w: &WeightRef,
+    first: usize,
+    p: *const f32,
+    n: usize,
+    out: *mut f32,
+    row: *mut f32,
+) {
+    /// Vectors of one pass over the rows; at most one FP8 block wide.
+    const TOGETHER: usize = 8;
+    let width = TOGETHER * S::LANES;
+    // SAFETY: whole chunks lie inside of the rows, and of one FP8 block as `width` divides 128; the rest is decoded to
+    // `row` first.
+    unsafe {
+        let whole = w.cols / width * width;
+        for k in (0..whole).step_by(width) {
+            let mut acc = [S::splat(0.0); TOGETHER];
+            for j in 0..n {
+                let scale = if D::SCALED { w.scale(first + j, k / FP8_BLOCK) * E4M3_SHIFT } else { 0.0 };
+                let (scale, factor) = (S::splat(scale), S::splat(*p.add(j)));
+                let at = w.data.add((first + j) * w.row_bytes + k * D::BYTES);
+                for (i, acc) in acc.iter_mut().enumerate() {
+                    *acc = factor.fma(D::load(at.add(i * S::LANES * D::BYTES), scale), *acc);
+                }
+            }
+            for (i, acc) in acc.into_iter().enumerate() {
+                acc.store(out.add(k + i * S::LANES));
+            }
+        }
+        if whole < w.cols {
+            let rest = w.cols - whole;
+            std::slice::from_raw_parts_mut(out.add(whole), rest).fill(0.0);
+            for j in 0..n {
+                decode::<S, D>(w, first + j, row);
+                super::elementwise::axpy::<S>(*p.add(j), row.add(whole), out.add(whole), rest);
+            }
+        }
+    }
+}
+
 #[inline(always)]
 unsafe fn decode<S: Simd, D: Decode<S>>(w: &WeightRef, row: usize, out: *mut f32) {
     // SAFETY: the caller promises the row and the room; the tail goes through a padded copy on both sides.
