@@ -6,7 +6,7 @@ use oxseek_tensor::{
     error::{expect, shape_error},
 };
 
-use super::rows_per_task;
+use super::{WORK_WORTH_A_FORK, rows_per_task};
 use crate::{
     CpuBackend,
     matrix::{Inputs, MatrixRef, Product},
@@ -15,6 +15,9 @@ use crate::{
     rounded::RoundedRows,
     simd::{Output, WeightRef},
 };
+
+/// Tasks per thread of the first fork: enough that the last ones end together.
+const TASKS_PER_THREAD: usize = 16;
 
 /// One MLP and the tokens that go through it.
 struct Group {
@@ -25,6 +28,15 @@ struct Group {
     /// Its slots in [`FfnScratch::tokens`].
     from: usize,
     to: usize,
+    /// Rows of `gate` and `up` that one task takes.
+    chunk: usize,
+}
+
+impl Group {
+    /// Multiply-adds of `gate` and `up`.
+    fn work(&self) -> usize {
+        (self.to - self.from) * self.inner * self.gate.cols * 2
+    }
 }
 
 /// What a feed-forward op keeps from step to step for its memory.
@@ -150,16 +162,17 @@ impl CpuBackend {
     }
 
     fn inner_activations(&mut self, f: &mut FfnScratch, x: Inputs, stride: usize) -> Result<(), Error> {
-        let threads = self.pool.threads();
-        let work: usize = f.groups.iter().map(|g| (g.to - g.from) * g.inner * g.gate.cols * 2).sum();
-        // Whole runs, so that a task rounds what it computed.
-        let chunk =
-            rows_per_task(f.groups.iter().map(|g| g.inner).sum(), work, threads).next_multiple_of(RUN);
+        let work: usize = f.groups.iter().map(Group::work).sum();
+        // Tasks of about equal work, however many tokens an expert has; whole runs of rows, so that a task rounds what
+        // it computed.
+        let task_work = work.div_ceil(self.pool.threads() * TASKS_PER_THREAD).max(WORK_WORTH_A_FORK);
         f.first_task.clear();
         let mut tasks = 0;
-        for g in &f.groups {
+        for g in &mut f.groups {
+            let rows = g.inner * task_work / g.work().max(1);
+            g.chunk = rows.next_multiple_of(RUN).min(g.inner.next_multiple_of(RUN)).max(RUN);
             f.first_task.push(tasks);
-            tasks += g.inner.div_ceil(chunk);
+            tasks += g.inner.div_ceil(g.chunk);
         }
         let inner = Shared::new(&mut f.inner);
         let rounded = f.rounded.each_mut().map(RoundedRows::view);
@@ -168,8 +181,8 @@ impl CpuBackend {
         self.pool.run(tasks, &|task, thread| {
             let group = first_task.partition_point(|&t| t <= task) - 1;
             let g = &groups[group];
-            let from = (task - first_task[group]) * chunk;
-            let to = g.inner.min(from + chunk);
+            let from = (task - first_task[group]) * g.chunk;
+            let to = g.inner.min(from + g.chunk);
             let (n, slots) = (to - from, g.to - g.from);
             // SAFETY: the pool gave this thread its number.
             let scratch = unsafe { scratch.of(thread) };
@@ -286,7 +299,7 @@ impl FfnScratch {
         expect(op, "up columns", gate.cols, up.cols)?;
         expect(op, "down columns", gate.rows, down.cols)?;
         expect(op, "down rows", gate.cols, down.rows)?;
-        self.groups.push(Group { gate, up, down, inner: gate.rows, from, to: self.tokens.len() });
+        self.groups.push(Group { gate, up, down, inner: gate.rows, from, to: self.tokens.len(), chunk: 0 });
         Ok(())
     }
 

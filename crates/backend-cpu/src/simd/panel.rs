@@ -82,6 +82,8 @@ pub(crate) trait Panel {
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
 
+    /// Asks for the cache line at `p`, which need not be there.
+    unsafe fn prefetch(_p: *const u8) {}
     /// 64 bytes at `p`.
     unsafe fn load_bf16(p: *const u8) -> Self::W;
     /// 64 codes at `p`, as `packed.rs` orders them: the pairs of two units.

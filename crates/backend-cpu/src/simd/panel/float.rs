@@ -6,6 +6,27 @@ use crate::packed::E4M3_BLOCK_BYTES;
 pub(super) struct Bf16;
 pub(super) struct E4m3;
 
+/// The weights of the next groups: while the tiles of many tokens use these groups, the next ones come from memory.
+struct Ahead {
+    next: *const u8,
+    /// 256ths of a byte per unit.
+    step: usize,
+}
+
+impl Ahead {
+    /// Each tile of `T` tokens brings its share of what follows.
+    fn new<const G: usize, const T: usize>(g: &PanelGemm<'_>, group: usize, t: usize) -> Self {
+        let tiles = (g.tokens.len() / T).max(1);
+        let share = G * g.w.group_bytes / tiles;
+        Self { next: g.w.group(group + G).wrapping_add(t / T * share), step: G * 64 * 256 / tiles }
+    }
+
+    #[inline(always)]
+    fn line(&self, unit: usize) -> *const u8 {
+        self.next.wrapping_add((unit * self.step) >> 8)
+    }
+}
+
 impl<P: Panel> Tiled<P> for Bf16 {
     const WIDE_PAIRS: bool = true;
 
@@ -21,7 +42,11 @@ impl<P: Panel> Tiled<P> for Bf16 {
             let x: [*const u8; T] =
                 std::array::from_fn(|i| g.x.data.add(g.tokens[t + i] as usize * g.x.row_bytes));
             let mut acc = [[P::splat(0.0); T]; G];
+            let ahead = Ahead::new::<G, T>(g, group, t);
             for u in 0..g.w.cols.div_ceil(2) {
+                if T >= 8 {
+                    P::prefetch(ahead.line(u));
+                }
                 let w: [P::W; G] = std::array::from_fn(|i| P::load_bf16(w[i].add(u * 64)));
                 for j in 0..T {
                     let x = P::pair(x[j].add(u * 4));
