@@ -21,6 +21,8 @@ pub struct Footprint {
     pub bytes_per_token: u64,
     /// Latent cache bytes per token, over all layers.
     pub cache_bytes_per_token: u64,
+    /// Bytes of memory for weights that are made at load, because they cannot be used as they lie in the files.
+    pub made_bytes: u64,
 }
 
 impl Footprint {
@@ -28,6 +30,7 @@ impl Footprint {
     pub fn of(checkpoint: &Checkpoint) -> Self {
         let mut all = Self {
             cache_bytes_per_token: kv::bytes_per_token(checkpoint.config()) as u64,
+            made_bytes: checkpoint.made_bytes(),
             ..Self::default()
         };
         for t in checkpoint.tensors() {
@@ -39,18 +42,16 @@ impl Footprint {
     fn add(&mut self, checkpoint: &Checkpoint, t: &TensorInfo) {
         let c = checkpoint.config();
         *self.bytes_by_format.entry(t.dtype.to_string()).or_default() += t.bytes as u64;
-        let elements = t.shape.iter().product::<usize>() as u64;
-        let is_scale = t.name.ends_with("_scale_inv");
-        let parameters = if is_scale { 0 } else { elements };
-        if layer_of(t.name).is_some_and(|l| l >= c.num_hidden_layers) {
+        let parameters = t.parameters;
+        if layer_of(&t.model_name).is_some_and(|l| l >= c.num_hidden_layers) {
             self.mtp_parameters += parameters;
             return;
         }
         self.parameters += parameters;
         // Of the routed experts a token reads its top-k, of the embedding its row.
-        let (part, of) = if t.name.contains(".mlp.experts.") {
+        let (part, of) = if t.model_name.contains(".mlp.experts.") {
             (c.num_experts_per_tok as u64, c.n_routed_experts.max(1) as u64)
-        } else if t.name == "model.embed_tokens.weight" && !c.tie_word_embeddings {
+        } else if t.model_name == "model.embed_tokens.weight" && !c.tie_word_embeddings {
             (1, c.vocab_size as u64)
         } else {
             (1, 1)

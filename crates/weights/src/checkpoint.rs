@@ -1,21 +1,21 @@
 //! A checkpoint: configuration, tensors and text files of one model.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     fs::{self, File},
     io::Read as _,
     path::{Path, PathBuf},
-    sync::Arc,
 };
 
 use oxseek_tensor::{
-    ByteRegion, DType, HostMatrix,
-    dtype::{FP8_BLOCK, bf16_to_f32, f16_to_f32, ue8m0_to_f32},
+    ByteRegion, HostMatrix,
+    dtype::{bf16_to_f32, f16_to_f32},
 };
 
-use crate::{Error, ModelConfig, SafeTensors, TensorView, json, mmap};
+use crate::{Error, Gguf, ModelConfig, gguf::parts::models_in, json, mmap, shards::Shards};
 
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 const CONFIG: &str = "config.json";
 const SINGLE: &str = "model.safetensors";
 /// Text files that are kept for others to read.
@@ -30,37 +30,66 @@ const INDEX_BYTES_MAX: u64 = 64 << 20;
 #[derive(Debug)]
 pub struct Checkpoint {
     config: ModelConfig,
-    shards: Vec<SafeTensors>,
-    /// Tensor to shard.
-    shard_of: BTreeMap<String, usize>,
+    store: Store,
     text: BTreeMap<String, ByteRegion>,
+    warnings: Vec<String>,
+}
+
+/// Where the tensors are.
+#[derive(Debug)]
+enum Store {
+    Folder(Shards),
+    Gguf(Gguf),
 }
 
 /// What the headers say of one tensor.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct TensorInfo<'a> {
     /// Its name.
     pub name: &'a str,
+    /// Its name in a Hugging Face checkpoint, less the number of the expert when it holds all of them.
+    pub model_name: Cow<'a, str>,
     /// Its type as the file spells it.
     pub dtype: &'a str,
     /// Sizes, outermost first.
     pub shape: &'a [usize],
     /// Its bytes.
     pub bytes: usize,
+    /// Weights that it holds: none when it holds their scales.
+    pub parameters: u64,
     /// The file it is in.
     pub file: &'a str,
 }
 
 impl Checkpoint {
-    /// Opens a Hugging Face folder; weights are mapped, not read.
+    /// Opens a Hugging Face folder, a GGUF file (of a model in parts any one) or a folder with one GGUF model in it.
+    /// Weights are mapped, not read.
     ///
     /// # Errors
     /// [`Error`], naming the file and what to do.
-    pub fn open(folder: &Path) -> Result<Self, Error> {
-        let meta = fs::metadata(folder).map_err(|source| Error::Io { path: folder.into(), source })?;
-        if !meta.is_dir() {
-            let why = "expected a folder with config.json and *.safetensors".to_string();
-            return Err(Error::Folder { path: folder.into(), why });
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let meta = fs::metadata(path).map_err(|source| Error::Io { path: path.into(), source })?;
+        if meta.is_dir() {
+            return Self::open_folder(path);
+        }
+        if !is(path, "gguf") {
+            let why = "expected a folder with config.json and *.safetensors, or a .gguf file".to_string();
+            return Err(Error::Folder { path: path.into(), why });
+        }
+        Self::from_gguf(Gguf::open(path)?)
+    }
+
+    fn open_folder(folder: &Path) -> Result<Self, Error> {
+        let names = names_in(folder)?;
+        if !names.iter().any(|n| n == INDEX || is_safetensors(n)) {
+            match models_in(&names).as_slice() {
+                [] => {}
+                [only] => return Self::from_gguf(Gguf::open(&folder.join(only))?),
+                [first, .., last] => {
+                    let why = format!("has several models, {first} to {last}: give the path of one");
+                    return Err(Error::Folder { path: folder.into(), why });
+                }
+            }
         }
         let mut text = BTreeMap::new();
         for name in TEXT_FILES.into_iter().chain([INDEX]) {
@@ -74,7 +103,7 @@ impl Checkpoint {
             return Err(Error::Folder { path: folder.into(), why });
         }
         let mut shards = Vec::new();
-        for name in weight_files(folder, text.get(INDEX))? {
+        for name in weight_files(folder, &names, text.get(INDEX))? {
             let path = folder.join(&name);
             if !path.exists() {
                 let why = format!("{name} is missing: {INDEX} lists it; is the download complete?");
@@ -85,73 +114,57 @@ impl Checkpoint {
         Self::assemble(text, shards)
     }
 
-    /// Takes a checkpoint whose files are in memory already: an embedded model, a browser's download.
+    /// Takes a checkpoint whose files are in memory already: an embedded model, a browser's download. Either the files
+    /// of a Hugging Face folder or the parts of a GGUF model.
     ///
     /// # Errors
     /// As [`Checkpoint::open`].
     pub fn from_files(files: Vec<(String, ByteRegion)>) -> Result<Self, Error> {
         let mut text = BTreeMap::new();
         let mut shards: Vec<(String, ByteRegion)> = Vec::new();
+        let mut parts: Vec<(String, ByteRegion)> = Vec::new();
         for (file, region) in files {
-            let twice = if is_safetensors(&file) {
-                let twice = shards.iter().any(|(other, _)| *other == file);
-                shards.push((file.clone(), region));
-                twice
-            } else {
-                text.insert(file.clone(), region).is_some()
+            let weights = match file.as_str() {
+                f if is_safetensors(f) => Some(&mut shards),
+                f if is(Path::new(f), "gguf") => Some(&mut parts),
+                _ => None,
+            };
+            let twice = match weights {
+                Some(list) => {
+                    let twice = list.iter().any(|(other, _)| *other == file);
+                    list.push((file.clone(), region));
+                    twice
+                }
+                None => text.insert(file.clone(), region).is_some(),
             };
             if twice {
                 return Err(Error::File { file, why: "given twice".into() });
             }
         }
-        if shards.is_empty() {
-            return Err(Error::File {
-                file: SINGLE.into(),
-                why: "missing, and no other .safetensors".into(),
-            });
+        match (shards.is_empty(), parts.is_empty()) {
+            (false, true) => Self::assemble(text, shards),
+            (true, false) => Self::from_gguf(Gguf::from_files(parts)?),
+            (false, false) => {
+                Err(Error::File { file: parts.swap_remove(0).0, why: "given beside .safetensors".into() })
+            }
+            (true, true) => {
+                Err(Error::File { file: SINGLE.into(), why: "missing, and no other .safetensors".into() })
+            }
         }
-        Self::assemble(text, shards)
     }
 
     fn assemble(text: BTreeMap<String, ByteRegion>, files: Vec<(String, ByteRegion)>) -> Result<Self, Error> {
         let bytes = |name: &str| text.get(name).map(ByteRegion::bytes);
         let missing = || Error::File { file: CONFIG.into(), why: "missing".into() };
         let config = ModelConfig::parse(bytes(CONFIG).ok_or_else(missing)?, bytes("generation_config.json"))?;
-        let mut shards: Vec<SafeTensors> = Vec::new();
-        let mut shard_of = BTreeMap::new();
-        for (name, region) in files {
-            let shard = SafeTensors::read(&name, region)?;
-            for (tensor, _) in shard.iter() {
-                if let Some(other) = shard_of.insert(tensor.to_string(), shards.len()) {
-                    let other: &SafeTensors = &shards[other];
-                    let why = format!("is in {} too", other.file());
-                    return Err(Error::Tensor { file: name, tensor: tensor.into(), why });
-                }
-            }
-            shards.push(shard);
-        }
-        let checkpoint = Self { config, shards, shard_of, text };
-        checkpoint.check_index()?;
-        Ok(checkpoint)
+        let store = Store::Folder(Shards::read(files, bytes(INDEX))?);
+        Ok(Self { config, store, text, warnings: Vec::new() })
     }
 
-    /// Every tensor that the index lists is where it says.
-    fn check_index(&self) -> Result<(), Error> {
-        let Some(index) = self.text.get(INDEX) else { return Ok(()) };
-        for (tensor, file) in weight_map(index.bytes())? {
-            let found = self.shard_of.get(&tensor).map(|&s| self.shards[s].file());
-            if found != Some(file.as_str()) {
-                let why = match found {
-                    Some(other) => format!("{INDEX} says it is here, found it in {other}"),
-                    None if self.shards.iter().any(|s| s.file() == file) => {
-                        format!("{INDEX} says it is here, but it is not")
-                    }
-                    None => format!("{INDEX} says it is here, but the file is missing"),
-                };
-                return Err(Error::Tensor { file, tensor, why });
-            }
-        }
-        Ok(())
+    fn from_gguf(gguf: Gguf) -> Result<Self, Error> {
+        let mut warnings = Vec::new();
+        let config = gguf.config(&mut warnings)?;
+        Ok(Self { config, store: Store::Gguf(gguf), text: BTreeMap::new(), warnings })
     }
 
     /// The model's configuration.
@@ -159,18 +172,49 @@ impl Checkpoint {
         &self.config
     }
 
-    /// Whether there is a tensor `name`.
-    pub fn contains(&self, name: &str) -> bool {
-        self.shard_of.contains_key(name)
+    /// The GGUF model, if it is one: its metadata has the tokenizer and the chat template.
+    pub fn gguf(&self) -> Option<&Gguf> {
+        match &self.store {
+            Store::Folder(_) => None,
+            Store::Gguf(gguf) => Some(gguf),
+        }
     }
 
-    /// All tensors by name.
-    pub fn tensors(&self) -> impl Iterator<Item = TensorInfo<'_>> {
-        self.shard_of.iter().filter_map(|(name, &s)| {
-            let t = self.shards[s].get(name)?;
-            let (dtype, shape, bytes) = (t.dtype, t.shape, t.bytes.len());
-            Some(TensorInfo { name, dtype, shape, bytes, file: self.shards[s].file() })
-        })
+    /// What the files do not say and had to be guessed, for people to read.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// Whether there is a tensor `name`.
+    pub fn contains(&self, name: &str) -> bool {
+        match &self.store {
+            Store::Folder(shards) => shards.contains(name),
+            Store::Gguf(gguf) => gguf.contains(name),
+        }
+    }
+
+    /// All tensors as the files have them.
+    pub fn tensors(&self) -> Box<dyn Iterator<Item = TensorInfo<'_>> + '_> {
+        match &self.store {
+            Store::Folder(shards) => Box::new(shards.tensors()),
+            Store::Gguf(gguf) => Box::new(gguf.tensors().map(|t| TensorInfo {
+                name: t.name,
+                model_name: Gguf::model_name(t.name).map_or(t.name.into(), Cow::Owned),
+                dtype: t.kind.name(),
+                shape: t.shape,
+                bytes: t.bytes.len(),
+                parameters: t.shape.iter().product::<usize>() as u64,
+                file: t.file,
+            })),
+        }
+    }
+
+    /// Bytes of memory that loading takes for weights that cannot be used as they lie in the files.
+    pub fn made_bytes(&self) -> u64 {
+        match &self.store {
+            Store::Folder(_) => 0,
+            Store::Gguf(gguf) => gguf.made_bytes(&self.config),
+        }
     }
 
     /// A text file of the checkpoint: `tokenizer.json`, `tokenizer_config.json`, ...
@@ -178,29 +222,15 @@ impl Checkpoint {
         self.text.get(name).map(ByteRegion::bytes)
     }
 
-    /// The matrix `name` as stored: F32, F16, BF16, or FP8 E4M3 with its block scales.
+    /// The matrix `name` as stored; of a GGUF file too by the name that it has in a Hugging Face checkpoint.
     ///
     /// # Errors
     /// [`Error::Tensor`] when it is missing, has another shape, a type that is no matrix format, or bad scales.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<HostMatrix, Error> {
-        let (shard, t) = self.find(name, &[rows, cols])?;
-        let bad = |why: String| tensor_error(shard, name, why);
-        if t.shape != [rows, cols] {
-            return Err(bad(format!("expected shape [{rows}, {cols}], found {:?}", t.shape)));
+        match &self.store {
+            Store::Folder(shards) => shards.matrix(name, rows, cols),
+            Store::Gguf(gguf) => gguf.matrix(&self.config, name, rows, cols),
         }
-        let dtype = match t.dtype {
-            "F32" => DType::F32,
-            "F16" => DType::F16,
-            "BF16" => DType::BF16,
-            "F8_E4M3" => DType::F8E4M3,
-            other => return Err(bad(format!("expected F32, F16, BF16 or F8_E4M3, found {other}"))),
-        };
-        let scales = match dtype {
-            DType::F8E4M3 => Some(self.block_scales(name, rows, cols)?),
-            _ => None,
-        };
-        let region = shard.region(name).ok_or_else(|| bad("its bytes are not in the file".into()))?;
-        HostMatrix::new(dtype, rows, cols, region, scales).map_err(|e| bad(e.to_string()))
     }
 
     /// The vector `name` as F32.
@@ -208,62 +238,18 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Tensor`] when it is missing, has another length or type, or a value that is not finite.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, Error> {
-        let (shard, t) = self.find(name, &[len])?;
-        let bad = |why: String| tensor_error(shard, name, why);
-        if t.shape != [len] {
-            return Err(bad(format!("expected shape [{len}], found {:?}", t.shape)));
-        }
-        let values =
-            decode(&t).ok_or_else(|| bad(format!("expected F32, F16 or BF16, found {}", t.dtype)))?;
-        match values.iter().position(|v| !v.is_finite()) {
-            Some(i) => Err(bad(format!("value {i} is {}, expected a finite number", values[i]))),
-            None => Ok(values),
+        match &self.store {
+            Store::Folder(shards) => shards.vector(name, len),
+            Store::Gguf(gguf) => gguf.vector(name, len),
         }
     }
-
-    /// `NAME_scale_inv`: a multiplier per 128x128 block, whatever type it is stored in.
-    fn block_scales(&self, weight: &str, rows: usize, cols: usize) -> Result<Arc<[f32]>, Error> {
-        let name = format!("{weight}_scale_inv");
-        let grid = [rows.div_ceil(FP8_BLOCK), cols.div_ceil(FP8_BLOCK)];
-        let (shard, t) = self.find(&name, &grid)?;
-        let bad = |why: String| tensor_error(shard, &name, why);
-        if t.shape != grid {
-            return Err(bad(format!("expected shape {grid:?}, found {:?}", t.shape)));
-        }
-        let values: Vec<f32> = match t.dtype {
-            "F8_E8M0" | "U8" => t.bytes.iter().map(|&b| ue8m0_to_f32(b)).collect(),
-            other => decode(&t)
-                .ok_or_else(|| bad(format!("expected F32, F16, BF16, F8_E8M0 or U8, found {other}")))?,
-        };
-        match values.iter().position(|v| !v.is_finite()) {
-            Some(i) => Err(bad(format!("scale {i} is {}, expected a finite number", values[i]))),
-            None => Ok(values.into()),
-        }
-    }
-
-    fn find(&self, name: &str, expected: &[usize]) -> Result<(&SafeTensors, TensorView<'_>), Error> {
-        let missing = || {
-            let file = match self.shards.as_slice() {
-                [only] => only.file().to_string(),
-                all => format!("{} files of weights", all.len()),
-            };
-            let why = format!("is missing, expected shape {expected:?}");
-            Error::Tensor { file, tensor: name.into(), why }
-        };
-        let shard = &self.shards[*self.shard_of.get(name).ok_or_else(missing)?];
-        Ok((shard, shard.get(name).ok_or_else(missing)?))
-    }
-}
-
-fn tensor_error(shard: &SafeTensors, tensor: &str, why: String) -> Error {
-    Error::Tensor { file: shard.file().into(), tensor: tensor.into(), why }
 }
 
 /// F32, F16 or BF16 values; `None` for any other type.
-fn decode(t: &TensorView<'_>) -> Option<Vec<f32>> {
-    let halves = || t.bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
-    Some(match t.dtype {
-        "F32" => t.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+pub(crate) fn decode(dtype: &str, bytes: &[u8]) -> Option<Vec<f32>> {
+    let halves = || bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    Some(match dtype {
+        "F32" => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
         "F16" => halves().map(f16_to_f32).collect(),
         "BF16" => halves().map(bf16_to_f32).collect(),
         _ => return None,
@@ -271,7 +257,22 @@ fn decode(t: &TensorView<'_>) -> Option<Vec<f32>> {
 }
 
 fn is_safetensors(name: &str) -> bool {
-    Path::new(name).extension().is_some_and(|e| e == "safetensors")
+    is(Path::new(name), "safetensors")
+}
+
+fn is(path: &Path, extension: &str) -> bool {
+    path.extension().is_some_and(|e| e == extension)
+}
+
+/// The names of a folder's files, in order.
+fn names_in(folder: &Path) -> Result<Vec<String>, Error> {
+    let io = |source| Error::Io { path: folder.into(), source };
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder).map_err(io)? {
+        names.push(entry.map_err(io)?.file_name().to_string_lossy().into_owned());
+    }
+    names.sort();
+    Ok(names)
 }
 
 fn read_text(path: &Path) -> Result<ByteRegion, Error> {
@@ -291,7 +292,7 @@ fn read_text(path: &Path) -> Result<ByteRegion, Error> {
 }
 
 /// The names of a folder's weight files, in order.
-fn weight_files(folder: &Path, index: Option<&ByteRegion>) -> Result<Vec<String>, Error> {
+fn weight_files(folder: &Path, names: &[String], index: Option<&ByteRegion>) -> Result<Vec<String>, Error> {
     if let Some(index) = index {
         let mut files: Vec<String> = weight_map(index.bytes())?.into_values().collect();
         files.sort();
@@ -301,15 +302,9 @@ fn weight_files(folder: &Path, index: Option<&ByteRegion>) -> Result<Vec<String>
     if folder.join(SINGLE).exists() {
         return Ok(vec![SINGLE.into()]);
     }
-    let io = |source| Error::Io { path: folder.into(), source };
-    let mut names = Vec::new();
-    for entry in fs::read_dir(folder).map_err(io)? {
-        names.push(entry.map_err(io)?.file_name().to_string_lossy().into_owned());
-    }
-    names.sort();
     let found: Vec<String> = names.iter().filter(|n| is_safetensors(n)).cloned().collect();
     match found.len() {
-        0 => Err(no_weights(folder, &names)),
+        0 => Err(no_weights(folder, names)),
         1 => Ok(found),
         n => Err(Error::Folder {
             path: folder.into(),
@@ -325,8 +320,6 @@ fn no_weights(folder: &Path, names: &[String]) -> Error {
         |extension: &str| names.iter().find(|n| Path::new(n).extension().is_some_and(|e| e == extension));
     let why = if let Some(name) = other("bin").or(other("pt")).or(other("pth")) {
         format!("{name} is a pickle and is never loaded: convert the weights to safetensors")
-    } else if let Some(name) = other("gguf") {
-        format!("{name}: GGUF files are not supported: use the safetensors of the model")
     } else {
         format!("no {SINGLE} and no {INDEX}: is this the folder of a Hugging Face checkpoint?")
     };
@@ -334,7 +327,7 @@ fn no_weights(folder: &Path, names: &[String]) -> Error {
 }
 
 /// Tensor to file name, each a plain name inside the folder.
-fn weight_map(index: &[u8]) -> Result<BTreeMap<String, String>, Error> {
+pub(crate) fn weight_map(index: &[u8]) -> Result<BTreeMap<String, String>, Error> {
     #[derive(serde::Deserialize)]
     struct Index {
         #[serde(deserialize_with = "json::unique_map")]

@@ -9,12 +9,12 @@ const CONFIG: &str = "config.json";
 const GENERATION: &str = "generation_config.json";
 
 /// Largest size of any dimension or count: far above every model, far below what could overflow.
-const SIZE_MAX: u64 = 1 << 24;
-const LAYERS_MAX: u64 = 1024;
-const EXPERTS_MAX: u64 = 4096;
+pub(crate) const SIZE_MAX: u64 = 1 << 24;
+pub(crate) const LAYERS_MAX: u64 = 1024;
+pub(crate) const EXPERTS_MAX: u64 = 4096;
 /// Largest of the two files. Real ones are a few kilobytes; a parsed one takes up to twenty times its bytes.
 const CONFIG_BYTES_MAX: usize = 4 << 20;
-const POSITIONS_MAX: u64 = 1 << 28;
+pub(crate) const POSITIONS_MAX: u64 = 1 << 28;
 /// Largest latent row, scratch row or weight matrix side made of two of the above.
 const PRODUCT_MAX: usize = 1 << 26;
 
@@ -142,8 +142,8 @@ impl ModelConfig {
             eos_token_ids: eos_token_ids(&c, generation.as_ref(), vocab_size)?,
             model_type,
         };
-        config.check_attention(&c)?;
-        config.check_experts(&c)?;
+        config.check_heads(&c)?;
+        config.check().map_err(|(field, why)| c.error(field, why))?;
         // No groups, or the whole of the only one.
         config.topk_group = config.topk_group.max(1);
         Ok(config)
@@ -160,13 +160,8 @@ impl ModelConfig {
         }
     }
 
-    fn check_attention(&self, c: &Fields<'_>) -> Result<(), Error> {
-        if !self.qk_rope_head_dim.is_multiple_of(2) {
-            return Err(c.error(
-                "qk_rope_head_dim",
-                format!("found {}, expected an even number", self.qk_rope_head_dim),
-            ));
-        }
+    /// Sizes that other fields repeat.
+    fn check_heads(&self, c: &Fields<'_>) -> Result<(), Error> {
         let heads = self.num_attention_heads;
         let found = c.size_or("num_key_value_heads", heads as u64, 1, 65_536)?;
         if found != heads {
@@ -179,16 +174,32 @@ impl ModelConfig {
             let why = format!("expected {query}, qk_nope_head_dim + qk_rope_head_dim, found {found}");
             return Err(c.error("qk_head_dim", why));
         }
+        Ok(())
+    }
+
+    /// Whether the values fit together; else the field, as config.json calls it, and why not.
+    pub(crate) fn check(&self) -> Result<(), (&'static str, String)> {
+        self.check_attention()?;
+        self.check_experts()
+    }
+
+    fn check_attention(&self) -> Result<(), (&'static str, String)> {
+        if !self.qk_rope_head_dim.is_multiple_of(2) {
+            let why = format!("found {}, expected an even number", self.qk_rope_head_dim);
+            return Err(("qk_rope_head_dim", why));
+        }
+        let heads = self.num_attention_heads;
+        let query = self.qk_nope_head_dim + self.qk_rope_head_dim;
         let widest = heads.saturating_mul(query.max(self.qk_nope_head_dim + self.v_head_dim));
         if widest > PRODUCT_MAX {
             let why =
                 format!("{heads} heads make rows of {widest} values, at most {PRODUCT_MAX} are allowed");
-            return Err(c.error("num_attention_heads", why));
+            return Err(("num_attention_heads", why));
         }
         Ok(())
     }
 
-    fn check_experts(&self, c: &Fields<'_>) -> Result<(), Error> {
+    fn check_experts(&self) -> Result<(), (&'static str, String)> {
         let sparse = self.mlp_layer_types.as_ref();
         if let Some(types) = sparse.filter(|t| t.len() < self.num_hidden_layers) {
             let why = format!(
@@ -196,17 +207,17 @@ impl ModelConfig {
                 self.num_hidden_layers,
                 types.len()
             );
-            return Err(c.error("mlp_layer_types", why));
+            return Err(("mlp_layer_types", why));
         }
         let experts = self.n_routed_experts;
         if experts == 0 {
             return match self.num_nextn_predict_layers {
                 0 => Ok(()),
-                _ => Err(c.error("n_routed_experts", "an MTP layer has experts, found none".into())),
+                _ => Err(("n_routed_experts", "an MTP layer has experts, found none".into())),
             };
         }
-        let need = |field: &str, n: usize| match n {
-            0 => Err(c.error(field, "missing or 0 in a model with routed experts".into())),
+        let need = |field: &'static str, n: usize| match n {
+            0 => Err((field, "missing or 0 in a model with routed experts".into())),
             _ => Ok(()),
         };
         need("moe_intermediate_size", self.moe_intermediate_size)?;
@@ -214,28 +225,27 @@ impl ModelConfig {
         let limited = self.topk_method != TopkMethod::Greedy;
         if limited && self.n_group > 1 && self.topk_group == 0 {
             let why = format!("missing or 0 in a model with {} groups of experts", self.n_group);
-            return Err(c.error("topk_group", why));
+            return Err(("topk_group", why));
         }
         if !experts.is_multiple_of(self.n_group) {
-            let why = format!("{} groups do not divide {experts} experts", self.n_group);
-            return Err(c.error("n_group", why));
+            return Err(("n_group", format!("{} groups do not divide {experts} experts", self.n_group)));
         }
         if self.n_group > 1 && experts / self.n_group < 2 {
-            return Err(c.error("n_group", format!("{} groups of one expert each", self.n_group)));
+            return Err(("n_group", format!("{} groups of one expert each", self.n_group)));
         }
         if self.topk_group > self.n_group {
             let why = format!("expected at most n_group, {}, found {}", self.n_group, self.topk_group);
-            return Err(c.error("topk_group", why));
+            return Err(("topk_group", why));
         }
         let kept = if limited { experts / self.n_group * self.topk_group.max(1) } else { experts };
         if self.num_experts_per_tok > kept {
             let found = self.num_experts_per_tok;
             let why = format!("expected at most the {kept} experts there are to choose from, found {found}");
-            return Err(c.error("num_experts_per_tok", why));
+            return Err(("num_experts_per_tok", why));
         }
         if self.n_shared_experts.saturating_mul(self.moe_intermediate_size) > PRODUCT_MAX {
             let why = format!("the shared experts are too wide: at most {PRODUCT_MAX} values are allowed");
-            return Err(c.error("n_shared_experts", why));
+            return Err(("n_shared_experts", why));
         }
         Ok(())
     }

@@ -23,7 +23,7 @@ pub enum Error {
         /// What is missing or unsupported, and what to do.
         why: String,
     },
-    /// A safetensors file whose header does not hold.
+    /// A file whose header does not hold.
     #[error("{}: {}", plain(file), plain(why))]
     File {
         /// The file.
@@ -38,6 +38,16 @@ pub enum Error {
         file: String,
         /// The tensor.
         tensor: String,
+        /// What was expected and what was found.
+        why: String,
+    },
+    /// A metadata entry of a GGUF file that is missing, out of range or unsupported.
+    #[error("{}: key {}: {}", plain(file), plain(key), plain(why))]
+    Key {
+        /// The file.
+        file: String,
+        /// The key.
+        key: String,
         /// What was expected and what was found.
         why: String,
     },

@@ -331,7 +331,11 @@ const FOLDER_CASES: &[Case] = &[
         |p| rename(p, SHARD, "pytorch_model.bin"),
         &["pytorch_model.bin", "never loaded"],
     ),
-    folder("GGUF weights", |p| rename(p, SHARD, "model.gguf"), &["model.gguf", "not supported"]),
+    folder(
+        "safetensors called GGUF",
+        |p| rename(p, SHARD, "model.gguf"),
+        &["model.gguf", "expected \"GGUF\""],
+    ),
     folder("shards and no index", two_shards, &["2 .safetensors files", "no model.safetensors.index.json"]),
     folder("an index that is no JSON", |p| write(p, INDEX, b"\x80\x02"), &[INDEX, "expected a JSON object"]),
     folder("an index that is a list", |p| index(p, r#"[{"a": "b.safetensors"}]"#), &[INDEX, "a JSON object"]),

@@ -1,4 +1,7 @@
 //! Files made in memory.
+#![allow(dead_code, reason = "each test takes what it needs")]
+
+pub mod gguf;
 
 use oxseek_tensor::ByteRegion;
 
