@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use oxseek_backend_cpu::{CpuBackend, CpuOptions, Level};
-use oxseek_selftest::{MakeBackend, demo, fixture};
+use oxseek_backend_cpu::{CpuBackend, CpuOptions, Level, Precision};
+use oxseek_selftest::{MakeBackend, agreement, demo, fixture};
 use oxseek_tensor::{Backend, conformance, reference::ReferenceBackend};
 
 use crate::{args::SelftestArgs, failure::Failure};
@@ -73,7 +73,14 @@ fn check_demo(level: Level, threads: usize) -> Result<usize, Failure> {
         println!("{figures}{}", verdict(figures.passed()));
         failed += usize::from(!figures.passed());
     }
-    Ok(failed)
+    let mut native = || {
+        let options = CpuOptions { threads: Some(threads), level: Some(level), precision: Precision::Native };
+        Ok(Box::new(CpuBackend::new(options)?) as Box<dyn Backend>)
+    };
+    let figures = agreement::check(&checkpoint, &golden, &mut || cpu(level, threads), &mut native);
+    let figures = figures.map_err(failure)?;
+    println!("{figures}{}", verdict(figures.passed()));
+    Ok(failed + usize::from(!figures.passed()))
 }
 
 fn check_fixtures(folder: &Path, make: &mut MakeBackend<'_>) -> Result<usize, Failure> {

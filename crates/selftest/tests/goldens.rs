@@ -3,8 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use oxseek_backend_cpu::{CpuBackend, CpuOptions, Level};
-use oxseek_selftest::{MakeBackend, demo, fixture, golden::Golden};
+use oxseek_backend_cpu::{CpuBackend, CpuOptions, Level, Precision};
+use oxseek_selftest::{MakeBackend, agreement, demo, fixture, golden::Golden};
 use oxseek_tensor::Backend;
 use oxseek_weights::Checkpoint;
 
@@ -38,6 +38,21 @@ fn check_demo(make: &mut MakeBackend<'_>) {
 fn fixtures_at_every_level() {
     for level in Level::available() {
         check_fixtures(&mut cpu(level, 2));
+    }
+}
+
+#[test]
+fn native_precision_stays_close_at_every_level() {
+    let checkpoint = Checkpoint::open(&root().join("models/oxseek-demo")).unwrap();
+    let golden = Golden::open(&root().join("goldens/oxseek-demo.safetensors")).unwrap();
+    for level in Level::available() {
+        let mut native = || {
+            let options = CpuOptions { threads: Some(2), level: Some(level), precision: Precision::Native };
+            Ok(Box::new(CpuBackend::new(options)?) as Box<dyn Backend>)
+        };
+        let figures = agreement::check(&checkpoint, &golden, &mut cpu(level, 2), &mut native).unwrap();
+        println!("{level}: {figures}");
+        assert!(figures.passed(), "{level}: {figures}");
     }
 }
 
