@@ -2,7 +2,8 @@
 //!
 //! `goldens/README.md` says which program made each golden. [`fixture`] compares tiny checkpoints with the
 //! logits, router choices, greedy text and MTP logits of Hugging Face transformers; [`demo`] compares the demo
-//! model's greedy text; [`agreement`] says how far rounded activations move it. All are run by the tests for every CPU level and by `oxseek selftest`.
+//! model's greedy text; [`agreement`] says how far rounded activations move it. All are run by the tests for every
+//! CPU level and by `oxseek selftest`.
 #![forbid(unsafe_code)]
 
 pub mod agreement;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::{
-    ByteRegion, DType, Error, HostMatrix, blocks,
+    ByteRegion, DType, Error, HostMatrix,
     dtype::{FP8_BLOCK, f32_to_bf16, f32_to_e4m3, f32_to_f16},
 };
 
@@ -47,21 +47,38 @@ impl Random {
     /// None for shapes that fit in memory.
     pub fn matrix(&mut self, dtype: DType, rows: usize, cols: usize) -> Result<HostMatrix, Error> {
         let scale = 1.0 / (cols as f32).sqrt();
-        let values = (0..rows * cols).map(|_| self.normal() * scale);
+        let blocks = rows * cols / dtype.block_len();
+        let flat = if dtype.block_len() == 1 { rows * cols } else { 0 };
+        let values: Vec<f32> = (0..flat).map(|_| self.normal() * scale).collect();
+        let values = values.into_iter();
         let bytes = match dtype {
             DType::F32 => values.flat_map(f32::to_le_bytes).collect(),
             DType::F16 => values.flat_map(|v| f32_to_f16(v).to_le_bytes()).collect(),
             DType::BF16 => values.flat_map(|v| f32_to_bf16(v).to_le_bytes()).collect(),
             DType::F8E4M3 => values.map(|v| f32_to_e4m3(v * 100.0)).collect(),
-            DType::Q8_0 => encode_blocks(&values.collect::<Vec<_>>(), blocks::encode_q8_0),
-            DType::Q4_0 => encode_blocks(&values.collect::<Vec<_>>(), blocks::encode_q4_0),
-            DType::Q4K => encode_blocks(&values.collect::<Vec<_>>(), blocks::encode_q4_k),
+            // Divided by about the deviation of the whole numbers that the random codes stand for.
+            DType::Q8_0 => self.blocks(blocks, 34, &[scale / 74.0]),
+            DType::Q4_0 => self.blocks(blocks, 18, &[scale / 4.6]),
+            DType::Q4K => self.blocks(blocks, 144, &[scale / 330.0, scale / 44.0]),
         };
         let scales = (dtype == DType::F8E4M3).then(|| {
             let grid = rows.div_ceil(FP8_BLOCK) * cols.div_ceil(FP8_BLOCK);
             (0..grid).map(|_| 0.01 * (0.5 + self.below(1000) as f32 / 1000.0)).collect::<Arc<[f32]>>()
         });
         HostMatrix::new(dtype, rows, cols, ByteRegion::from_vec(bytes), scales)
+    }
+
+    /// Blocks of random codes that begin with halves of about these sizes: every code occurs, and none is searched for.
+    fn blocks(&mut self, n: usize, bytes: usize, halves: &[f32]) -> Vec<u8> {
+        let mut all: Vec<u8> =
+            (0..(n * bytes).div_ceil(8)).flat_map(|_| self.bits().to_le_bytes()).take(n * bytes).collect();
+        for block in all.chunks_exact_mut(bytes) {
+            for (at, half) in block.chunks_exact_mut(2).zip(halves) {
+                let size = half * (0.5 + self.below(1000) as f32 / 1000.0);
+                at.copy_from_slice(&f32_to_f16(size).to_le_bytes());
+            }
+        }
+        all
     }
 
     /// `0..n` in random order.
@@ -72,17 +89,4 @@ impl Random {
         }
         order
     }
-}
-
-fn encode_blocks<const N: usize, const B: usize>(
-    values: &[f32],
-    encode: fn(&[f32; N], &mut [u8; B]),
-) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(values.len() / N * B);
-    for x in values.as_chunks::<N>().0 {
-        let mut block = [0; B];
-        encode(x, &mut block);
-        bytes.extend(block);
-    }
-    bytes
 }
