@@ -8,6 +8,9 @@ pub enum Error {
     /// A tokenizer.json that is broken or of an unsupported kind.
     #[error("tokenizer.json: {0}")]
     Tokenizer(String),
+    /// A vocabulary of a GGUF file that is broken or of an unsupported kind.
+    #[error("tokenizer.ggml: {0}")]
+    Vocabulary(String),
     /// Text that the tokenizer gave up on.
     #[error("cannot tokenise the text: {0}")]
     Encode(String),

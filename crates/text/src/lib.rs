@@ -8,6 +8,7 @@ mod reasoning;
 mod stop;
 mod template;
 mod tokenizer;
+mod vocabulary;
 
 pub use detokenizer::Detokenizer;
 pub use error::Error;
@@ -16,3 +17,4 @@ pub use reasoning::{Part, ReasoningSplit};
 pub use stop::{StopOutcome, StopStrings};
 pub use template::{ChatTemplate, OUTPUT_BYTES_MAX, SOURCE_BYTES_MAX};
 pub use tokenizer::{ControlTokens, Tokenizer};
+pub use vocabulary::Vocabulary;

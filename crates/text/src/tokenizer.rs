@@ -9,7 +9,7 @@ use aho_corasick::{AhoCorasick, MatchKind};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::{Error, messages::unguard};
+use crate::{Error, messages::unguard, vocabulary::Vocabulary};
 
 /// What text that spells a control token means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +45,7 @@ enum Kind {
 /// An entry of `added_tokens`.
 #[allow(clippy::struct_excessive_bools, reason = "the file's format")]
 #[derive(Debug, Clone, Deserialize)]
-struct Added {
+pub(crate) struct Added {
     id: u32,
     content: String,
     #[serde(default)]
@@ -56,6 +56,12 @@ struct Added {
     rstrip: bool,
     #[serde(default)]
     single_word: bool,
+}
+
+impl Added {
+    pub(crate) fn new(id: u32, content: &str, special: bool) -> Self {
+        Self { id, content: content.into(), special, lstrip: false, rstrip: false, single_word: false }
+    }
 }
 
 /// Largest token id that is accepted: far above every vocabulary.
@@ -73,6 +79,28 @@ impl Tokenizer {
         let added = take_added_tokens(&mut json)?;
         // The crate prints a warning for each added token; without them there is nothing to warn of.
         let bpe: tokenizers::Tokenizer = serde_json::from_value(json).map_err(|e| bad(e.to_string()))?;
+        let mut tokenizer = Self::assemble(bpe, added).map_err(bad)?;
+        if let Some(config) = tokenizer_config {
+            let config: Value =
+                serde_json::from_slice(config).map_err(|e| bad(format!("tokenizer_config.json: {e}")))?;
+            tokenizer.bos = tokenizer.named(&config["bos_token"]);
+            tokenizer.eos = tokenizer.named(&config["eos_token"]);
+        }
+        Ok(tokenizer)
+    }
+
+    /// Reads the vocabulary of a GGUF file.
+    ///
+    /// # Errors
+    /// [`Error::Vocabulary`], naming what is broken or unsupported.
+    pub fn from_vocabulary(vocabulary: &Vocabulary<'_>) -> Result<Self, Error> {
+        let (bpe, added) = vocabulary.build().map_err(Error::Vocabulary)?;
+        let mut tokenizer = Self::assemble(bpe, added).map_err(Error::Vocabulary)?;
+        (tokenizer.bos, tokenizer.eos) = (vocabulary.bos, vocabulary.eos);
+        Ok(tokenizer)
+    }
+
+    fn assemble(bpe: tokenizers::Tokenizer, added: Vec<Added>) -> Result<Self, String> {
         let by_text: HashMap<String, u32> = added.iter().map(|a| (a.content.clone(), a.id)).collect();
         let matcher = if added.is_empty() {
             None
@@ -81,7 +109,7 @@ impl Tokenizer {
                 AhoCorasick::builder()
                     .match_kind(MatchKind::LeftmostLongest)
                     .build(added.iter().map(|a| &a.content))
-                    .map_err(|e| bad(e.to_string()))?,
+                    .map_err(|e| e.to_string())?,
             )
         };
         let mut tokenizer = Self {
@@ -96,12 +124,6 @@ impl Tokenizer {
             eos: None,
         };
         tokenizer.spell_tokens()?;
-        if let Some(config) = tokenizer_config {
-            let config: Value =
-                serde_json::from_slice(config).map_err(|e| bad(format!("tokenizer_config.json: {e}")))?;
-            tokenizer.bos = tokenizer.named(&config["bos_token"]);
-            tokenizer.eos = tokenizer.named(&config["eos_token"]);
-        }
         Ok(tokenizer)
     }
 
@@ -203,11 +225,11 @@ impl Tokenizer {
     }
 
     /// Fills the table of token bytes.
-    fn spell_tokens(&mut self) -> Result<(), Error> {
+    fn spell_tokens(&mut self) -> Result<(), String> {
         let vocabulary = self.bpe.get_vocab(false);
         let highest = vocabulary.values().copied().chain(self.added.iter().map(|a| a.id)).max().unwrap_or(0);
         if highest > ID_MAX {
-            return Err(Error::Tokenizer(format!("token id {highest}, at most {ID_MAX} allowed")));
+            return Err(format!("token id {highest}, at most {ID_MAX} allowed"));
         }
         let mut spelled: Vec<Option<(Vec<u8>, Kind)>> = vec![None; highest as usize + 1];
         let alphabet = byte_alphabet();

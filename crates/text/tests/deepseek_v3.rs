@@ -3,6 +3,8 @@
 //! Its files are not in the repository: `scripts/fetch-tokenizer.sh` fetches them and writes the strings to compare.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod common;
+
 use std::{
     path::{Path, PathBuf},
     sync::{Arc, LazyLock},
@@ -34,7 +36,7 @@ fn fetched(name: &str) -> Vec<u8> {
 /// What differs between a vector and this crate, if anything.
 fn difference(Vector { text, ids }: &Vector) -> Option<String> {
     let got = TOKENIZER.encode(text, ControlTokens::Parse).unwrap();
-    if got != *ids {
+    if got != *ids || FROM_GGUF.encode(text, ControlTokens::Parse).unwrap() != *ids {
         return Some(format!("encode {text:?}\n got {got:?}\nwant {ids:?}"));
     }
     let decoded = TOKENIZER.decode(ids);
@@ -46,6 +48,12 @@ fn difference(Vector { text, ids }: &Vector) -> Option<String> {
     streamed.push_str(&stream.finish());
     (streamed != *text).then(|| format!("stream {ids:?}\n got {streamed:?}\nwant {text:?}"))
 }
+
+/// The same as a GGUF file has it.
+static FROM_GGUF: LazyLock<Tokenizer> = LazyLock::new(|| {
+    let written = common::Written::from_json(&fetched("tokenizer-deepseek_v3/tokenizer.json"), 129_280);
+    Tokenizer::from_vocabulary(&written.vocabulary("deepseek-v3")).unwrap()
+});
 
 fn check(vectors: &[Vector]) {
     let wrong: Vec<String> = vectors.iter().filter_map(difference).collect();
@@ -68,6 +76,15 @@ fn ten_thousand_random_strings() {
     let vectors: Vec<Vector> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(vectors.len(), 10_000);
     check(&vectors);
+}
+
+#[test]
+fn a_gguf_file_has_the_same_tokens() {
+    assert_eq!(FROM_GGUF.vocab_len(), TOKENIZER.vocab_len());
+    for id in 0..TOKENIZER.vocab_len() as u32 {
+        assert_eq!(FROM_GGUF.token_bytes(id), TOKENIZER.token_bytes(id), "token {id}");
+        assert_eq!(FROM_GGUF.is_special(id), TOKENIZER.is_special(id), "token {id}");
+    }
 }
 
 #[test]
