@@ -52,6 +52,11 @@ impl Panel for P {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
     #[inline(always)]
+    unsafe fn prefetch_near(p: *const u8) {
+        // SAFETY: a hint; it never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
     unsafe fn load_bf16(p: *const u8) -> __m512i {
         // SAFETY: above.
         unsafe { _mm512_loadu_si512(p.cast()) }

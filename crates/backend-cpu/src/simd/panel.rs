@@ -95,6 +95,8 @@ pub(crate) trait Panel {
 
     /// Asks for the cache line at `p`, which need not be there.
     unsafe fn prefetch(_p: *const u8) {}
+    /// The same, into the nearest cache.
+    unsafe fn prefetch_near(_p: *const u8) {}
     /// 64 bytes at `p`.
     unsafe fn load_bf16(p: *const u8) -> Self::W;
     /// 64 codes at `p`, as `packed.rs` orders them: the pairs of two units.
@@ -175,6 +177,9 @@ pub(super) struct Ahead {
 impl Ahead {
     /// Tile `tile` of `tiles` brings its part of the `bytes` at `next`, in `steps` steps.
     fn new(next: *const u8, bytes: usize, tile: usize, tiles: usize, steps: usize) -> Self {
+        if tiles < AHEAD_TILES_MIN {
+            return Self { next, step: 0 };
+        }
         let share = bytes / tiles;
         Self { next: next.wrapping_add(tile * share), step: share * 256 / steps.max(1) }
     }
@@ -193,6 +198,13 @@ impl Ahead {
     }
 }
 
+/// From so many tiles on, the next pair of groups is fetched during the tiles of this one.
+const AHEAD_TILES_MIN: usize = 3;
+/// How far ahead of its use a line of weights is asked for: about what is under way to one core.
+pub(super) const STREAM_AHEAD: usize = 4 << 10;
+/// Bytes of activations that all groups use before the next ones come: a part of the L2 cache.
+const X_BYTES_TOGETHER: usize = 384 << 10;
+
 /// All tiles; tokens innermost, so that the weights of a pair of groups stay in cache.
 #[inline(always)]
 unsafe fn tiles<P: Panel, D: Tiled<P>>(g: &PanelGemm<'_>) {
@@ -202,27 +214,33 @@ unsafe fn tiles<P: Panel, D: Tiled<P>>(g: &PanelGemm<'_>) {
 
 #[inline(always)]
 unsafe fn tiles_of<P: Panel, D: Tiled<P>, const G: usize>(g: &PanelGemm<'_>) {
-    let count = g.out_rows.len().div_ceil(D::TILE);
-    for group in g.groups.clone().step_by(G) {
-        let last = g.groups.end - 1;
-        // Where there is no second group the first stands in for it, and its products are thrown away.
-        let groups: [*const u8; G] = std::array::from_fn(|i| g.w.group((group + i).min(last)));
-        for (tile, (first, width)) in rounded::tiles(g.out_rows.len(), D::TILE).enumerate() {
-            let steps = g.w.cols / 128;
-            let ahead = Ahead::new(g.w.group(group + G), G * g.w.group_bytes, tile, count, steps);
-            macro_rules! widths {
-                ($($n:literal)*) => {
-                    match width {
-                        // SAFETY: the groups and the tile are the caller's.
-                        $($n if $n <= D::TILE => unsafe {
-                            let sums = D::tile::<G, $n>(&g.w, groups, g.x.row(first), &ahead);
-                            emit::<P, G, $n>(g, group, first, sums);
-                        },)*
-                        _ => unreachable!("a tile of {width} tokens"),
-                    }
-                };
+    let n = g.out_rows.len();
+    let count = n.div_ceil(D::TILE);
+    let together = (X_BYTES_TOGETHER / (g.x.row_words * 4 * D::TILE)).max(1);
+    for from in (0..count).step_by(together) {
+        let block = from..count.min(from + together);
+        for group in g.groups.clone().step_by(G) {
+            let last = g.groups.end - 1;
+            // Where there is no second group the first stands in for it, and its products are thrown away.
+            let groups: [*const u8; G] = std::array::from_fn(|i| g.w.group((group + i).min(last)));
+            let next = g.w.group(group + G);
+            let tiles = rounded::tiles(n, D::TILE).skip(block.start).take(block.len());
+            for (tile, (first, width)) in tiles.enumerate() {
+                let ahead = Ahead::new(next, G * g.w.group_bytes, tile, block.len(), g.w.cols / 128);
+                macro_rules! widths {
+                    ($($n:literal)*) => {
+                        match width {
+                            // SAFETY: the groups and the tile are the caller's.
+                            $($n if $n <= D::TILE => unsafe {
+                                let sums = D::tile::<G, $n>(&g.w, groups, g.x.row(first), &ahead);
+                                emit::<P, G, $n>(g, group, first, sums);
+                            },)*
+                            _ => unreachable!("a tile of {width} tokens"),
+                        }
+                    };
+                }
+                widths!(1 2 3 4 5 6 7 8 9 10 11 12);
             }
-            widths!(1 2 3 4 5 6 7 8 9 10 11 12);
         }
     }
 }

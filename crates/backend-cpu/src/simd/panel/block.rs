@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use super::{Ahead, Panel, Tiled};
+use super::{Ahead, Panel, STREAM_AHEAD, Tiled};
 use crate::{
     packed::PanelRef,
     rounded::{BYTE_RUN_WORDS, CODES, SUMS_32},
@@ -14,6 +14,12 @@ pub(super) trait Block<P: Panel> {
     const ZERO_SHIFT: Option<u32>;
     /// Whether eight blocks share a header.
     const SUPER: bool = false;
+    /// Cache lines of 16 rows of a block, rounded up.
+    const LINES: usize;
+    /// Where a block begins behind [`Block::at`], about.
+    fn offset(_place: usize) -> usize {
+        0
+    }
     /// Where block `b` of a group lies, header included.
     unsafe fn at(group: *const u8, b: usize) -> *const u8;
     /// The unsigned weights of columns `4 * unit..` of the block that is `b`-th of its header.
@@ -37,6 +43,7 @@ pub(super) struct Q4K;
 
 impl<P: Panel> Block<P> for Q8_0 {
     const ZERO_SHIFT: Option<u32> = Some(7);
+    const LINES: usize = 9;
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
         group.wrapping_add(b * (32 + 512))
@@ -55,6 +62,7 @@ impl<P: Panel> Block<P> for Q8_0 {
 
 impl<P: Panel> Block<P> for Q4_0 {
     const ZERO_SHIFT: Option<u32> = Some(3);
+    const LINES: usize = 5;
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
         group.wrapping_add(b * (32 + 256))
@@ -80,6 +88,11 @@ const Q4K_BYTES: usize = 16 * 144;
 impl<P: Panel> Block<P> for Q4K {
     const ZERO_SHIFT: Option<u32> = None;
     const SUPER: bool = true;
+    const LINES: usize = 5;
+    #[inline(always)]
+    fn offset(place: usize) -> usize {
+        place * Q4K_BYTES / 8
+    }
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
         group.wrapping_add(b / 8 * Q4K_BYTES)
@@ -194,6 +207,11 @@ unsafe fn add_block<P: Panel, D: Block<P>, const G: usize, const T: usize>(
         let mut at = [D::at(w[0], b); G];
         for i in 1..G {
             at[i] = D::at(w[i], b);
+        }
+        for at in at {
+            for line in 0..D::LINES {
+                P::prefetch_near(at.wrapping_add(D::offset(place) + line * 64 + STREAM_AHEAD));
+            }
         }
         let mut acc = [[P::zero_i(); T]; G];
         if D::ZERO_SHIFT.is_some_and(|shift| shift != 7 || P::OFFSET_IN_SUMS) {

@@ -1,6 +1,6 @@
 //! BF16 and FP8 weights with BF16 activations, summed in F32.
 
-use super::{Ahead, Panel, Tiled};
+use super::{Ahead, Panel, STREAM_AHEAD, Tiled};
 use crate::packed::{E4M3_BLOCK_BYTES, PanelRef};
 
 pub(super) struct Bf16;
@@ -45,6 +45,9 @@ unsafe fn add_pairs<P: Panel, const G: usize, const T: usize>(
     // SAFETY: the caller keeps the unit inside of both.
     unsafe {
         // Loops, not closures: a closure that is not inlined is compiled without the level's features.
+        for group in groups {
+            P::prefetch_near(group.wrapping_add(u * 64 + STREAM_AHEAD));
+        }
         let mut w = [P::load_bf16(groups[0].add(u * 64)); G];
         for i in 1..G {
             w[i] = P::load_bf16(groups[i].add(u * 64));
@@ -79,6 +82,9 @@ impl<P: Panel> Tiled<P> for E4m3 {
                 let mut acc = [[P::splat(0.0); T]; G];
                 ahead.step::<P>(b);
                 for u in 0..32 {
+                    for codes in codes {
+                        P::prefetch_near(codes.wrapping_add(u * 64 + STREAM_AHEAD));
+                    }
                     let mut w = [P::load_e4m3(codes[0].add(u * 64)); G];
                     for i in 1..G {
                         w[i] = P::load_e4m3(codes[i].add(u * 64));
