@@ -35,8 +35,9 @@ pub enum Command {
 /// Which model, on what.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct ModelArgs {
-    /// Folder of a Hugging Face checkpoint (config.json, tokenizer.json, *.safetensors)
-    #[arg(short, long, env = "OXSEEK_MODEL", value_name = "FOLDER")]
+    /// Folder of a Hugging Face checkpoint (config.json, tokenizer.json, *.safetensors) or a GGUF
+    /// file (of a model in parts any one)
+    #[arg(short, long, env = "OXSEEK_MODEL", value_name = "PATH")]
     pub model: Option<PathBuf>,
     /// Threads that compute; default: the cores this process may use
     #[arg(short, long, env = "OXSEEK_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -149,7 +150,7 @@ pub struct ServeArgs {
 /// `oxseek inspect`
 #[derive(Debug, ClapArgs)]
 pub struct InspectArgs {
-    /// Folder of a Hugging Face checkpoint; default: the built-in demo model
+    /// Folder of a Hugging Face checkpoint or GGUF file; default: the built-in demo model
     #[arg(value_name = "MODEL")]
     pub model: Option<PathBuf>,
     /// List every tensor too

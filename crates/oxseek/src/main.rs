@@ -14,6 +14,7 @@ mod run;
 mod selftest;
 mod serve;
 mod terminal;
+mod wording;
 
 use std::process::ExitCode;
 
