@@ -4,6 +4,9 @@ use std::{net::IpAddr, path::PathBuf};
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use oxseek_backend_cpu::{Level, Precision};
+use oxseek_tensor::DType;
+
+use crate::formats;
 
 /// Runs and serves models of the DeepSeek family.
 ///
@@ -28,6 +31,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Measure prefill and decode speed
     Bench(BenchArgs),
+    /// Write a model of a real shape with random weights, for benchmarks
+    Synth(SynthArgs),
     /// Check every kernel and the model's answers on this machine
     Selftest(SelftestArgs),
 }
@@ -179,6 +184,26 @@ pub struct BenchArgs {
     /// Runs of each test; the median counts
     #[arg(short, long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub repeat: u16,
+}
+
+/// `oxseek synth`
+#[derive(Debug, ClapArgs)]
+pub struct SynthArgs {
+    /// tiny (77 M parameters), mid (3.1 B), v2-lite, moonlight, v3, or the path of a config.json
+    #[arg(long)]
+    pub shape: String,
+    /// Layers, instead of as many as the shape has
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub layers: Option<u16>,
+    /// Format of the weights: f32, bf16, fp8, q8_0, q4_0, q4_k, ...; where rows do not fit a format,
+    /// what llama-quantize takes instead; vectors and routers are F32 in GGUF files
+    #[arg(long, value_parser = formats::parse)]
+    pub format: DType,
+    /// Same seed, same weights
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// A GGUF file, if it ends in .gguf, else a Hugging Face folder (f32, f16, bf16 and fp8 only)
+    pub out: PathBuf,
 }
 
 /// `oxseek selftest`

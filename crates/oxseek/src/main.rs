@@ -7,12 +7,16 @@ mod chat;
 mod conversation;
 #[cfg(feature = "demo")]
 mod demo;
+mod encode;
 mod failure;
+mod formats;
 mod inspect;
 mod open;
+mod progress;
 mod run;
 mod selftest;
 mod serve;
+mod synth;
 mod terminal;
 mod wording;
 
@@ -30,6 +34,7 @@ fn main() -> ExitCode {
         Command::Serve(a) => serve::serve(a),
         Command::Inspect(a) => inspect::inspect(&a),
         Command::Bench(a) => bench::bench(&a),
+        Command::Synth(a) => synth::synth(&a),
         Command::Selftest(a) => selftest::selftest(&a),
     };
     match result {

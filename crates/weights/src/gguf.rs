@@ -1,8 +1,10 @@
 //! GGUF: the container of llama.cpp. A model is one file, or several parts called `NAME-00001-of-00003.gguf`.
 
 mod config;
+mod describe;
 mod kinds;
 mod latent;
+mod layout;
 mod names;
 pub(crate) mod parts;
 mod reader;
@@ -14,7 +16,9 @@ use std::{collections::HashMap, path::Path};
 use oxseek_tensor::{ByteRegion, HostMatrix};
 
 pub use self::{
+    describe::describe,
     kinds::GgmlType,
+    layout::{Slot, Source, layout},
     value::{Array, Value, ValueKind},
     writer::{GgufBody, GgufWriter},
 };
