@@ -187,7 +187,7 @@ impl Synth {
                 for (i, (buffer, n)) in buffers.iter_mut().zip(&sizes).enumerate() {
                     let pool = &pool;
                     scope.spawn(move || {
-                        pool.fill(&mut Random::new(seed.wrapping_add(next + i as u64)), &mut buffer[..*n])
+                        pool.fill(&mut Random::new(seed.wrapping_add(next + i as u64)), &mut buffer[..*n]);
                     });
                 }
             });

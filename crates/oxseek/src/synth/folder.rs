@@ -56,7 +56,7 @@ pub fn write(synth: &mut Synth, out: &Path) -> Result<(), Failure> {
     let context = synth.shape.config.max_position_embeddings;
     for (name, json) in [
         ("config.json", config(synth)),
-        ("tokenizer.json", synth.words.json()),
+        ("tokenizer.json", synth.words.json()?),
         ("tokenizer_config.json", Words::config_json(context)),
     ] {
         fs::write(out.join(name), json.to_string())?;

@@ -67,9 +67,9 @@ fn named(name: &str) -> Option<Map<String, Value>> {
             "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16,
             "q_lora_rank": null, "n_routed_experts": 64, "num_experts_per_tok": 6, "n_shared_experts": 2,
             "n_group": 1, "topk_group": 1, "moe_intermediate_size": 1408, "intermediate_size": 10944,
-            "vocab_size": 102400, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0,
+            "vocab_size": 102_400, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0,
             "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": false,
-            "routed_scaling_factor": 1.0, "bos_token_id": 100000, "eos_token_id": 100001,
+            "routed_scaling_factor": 1.0, "bos_token_id": 100_000, "eos_token_id": 100_001,
             "rope_scaling": {
                 "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707,
                 "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096,
@@ -79,9 +79,9 @@ fn named(name: &str) -> Option<Map<String, Value>> {
             "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16,
             "q_lora_rank": null, "n_routed_experts": 64, "num_experts_per_tok": 6, "n_shared_experts": 2,
             "n_group": 1, "topk_group": 1, "moe_intermediate_size": 1408, "intermediate_size": 11264,
-            "vocab_size": 163840, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0,
+            "vocab_size": 163_840, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0,
             "routed_scaling_factor": 2.446, "rope_scaling": null, "rope_theta": 50000, "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 8192, "bos_token_id": 163584, "eos_token_id": 163585,
+            "max_position_embeddings": 8192, "bos_token_id": 163_584, "eos_token_id": 163_585,
         }),
         _ => return None,
     };
@@ -97,8 +97,8 @@ fn v3() -> Map<String, Value> {
         "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
         "v_head_dim": 128, "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256,
         "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
-        "first_k_dense_replace": 3, "num_nextn_predict_layers": 1, "vocab_size": 129280,
-        "max_position_embeddings": 163840,
+        "first_k_dense_replace": 3, "num_nextn_predict_layers": 1, "vocab_size": 129_280,
+        "max_position_embeddings": 163_840,
     });
     let rules = json!({
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "attention_bias": false,

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use oxseek_text::Vocabulary;
 use oxseek_weights::ModelConfig;
 use serde_json::{Value, json};
 
@@ -65,7 +66,8 @@ impl Words {
     }
 
     /// `tokenizer.json`
-    pub fn json(&self) -> Value {
+    pub fn json(&self) -> Result<Value, Failure> {
+        let rules = Vocabulary::rules_json(PRE).map_err(|e| Failure::Run(e.to_string()))?;
         let is_control = |id: usize| self.control.contains(&(id as u32));
         let added: Vec<Value> = self
             .control
@@ -85,9 +87,9 @@ impl Words {
             .filter(|(id, _)| !is_control(*id))
             .map(|(id, text)| (text.clone(), id.into()))
             .collect();
-        json!({
+        Ok(json!({
             "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
-            "pre_tokenizer": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
+            "pre_tokenizer": rules,
             "post_processor": null,
             "decoder": { "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true },
             "model": {
@@ -95,7 +97,7 @@ impl Words {
                 "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
                 "vocab": vocab, "merges": [Self::merge()],
             },
-        })
+        }))
     }
 
     /// `tokenizer_config.json`
