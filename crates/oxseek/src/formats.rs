@@ -21,25 +21,20 @@ pub fn label(dtype: DType) -> String {
 }
 
 /// What llama-quantize takes where rows are no whole number of super-blocks of 256: something like it in blocks of 32.
-const INSTEAD: [(&str, &str); 6] = [
-    ("Q2_K", "Q4_0"),
-    ("Q3_K", "Q4_0"),
-    ("Q4_K", "Q5_0"),
-    ("Q5_K", "Q5_1"),
-    ("Q6_K", "Q8_0"),
-    ("IQ4_XS", "IQ4_NL"),
+const INSTEAD: [(DType, DType); 6] = [
+    (DType::Q2K, DType::Q4_0),
+    (DType::Q3K, DType::Q4_0),
+    (DType::Q4K, DType::Q5_0),
+    (DType::Q5K, DType::Q5_1),
+    (DType::Q6K, DType::Q8_0),
+    (DType::IQ4_XS, DType::IQ4_NL),
 ];
 
 /// `wanted`, or what stands in for it in rows of `cols`: blocks of 32 for super-blocks, F16 where those do not fit.
 pub fn fitting(wanted: DType, cols: usize) -> DType {
     let fits = |d: &DType| cols.is_multiple_of(d.block_len());
-    let named = |name: &str| DType::ALL.into_iter().find(|d| d.name() == name);
-    let instead = || INSTEAD.iter().find(|(of, _)| *of == wanted.name()).and_then(|(_, name)| named(name));
-    Some(wanted)
-        .filter(fits)
-        .or_else(|| instead().filter(fits))
-        .or(Some(DType::Q8_0).filter(fits))
-        .unwrap_or(DType::F16)
+    let instead = || INSTEAD.iter().find(|(of, _)| *of == wanted).map(|(_, instead)| *instead);
+    Some(wanted).filter(fits).or_else(|| instead().filter(fits)).unwrap_or(DType::F16)
 }
 
 /// Metadata: which format most of a file's weights have.
@@ -50,7 +45,7 @@ pub const QUANTIZATION_VERSION_KEY: &str = "general.quantization_version";
 pub const QUANTIZATION_VERSION: u32 = 2;
 
 /// llama.cpp's numbers for [`FILE_TYPE_KEY`].
-const FILE_TYPES: [(&str, u32); 15] = [
+const FILE_TYPES: [(&str, u32); 16] = [
     ("F32", 0),
     ("F16", 1),
     ("Q4_0", 2),
@@ -65,6 +60,7 @@ const FILE_TYPES: [(&str, u32); 15] = [
     ("Q6_K", 18),
     ("IQ4_NL", 25),
     ("IQ4_XS", 30),
+    ("MXFP4", 38),
     ("BF16", 32),
 ];
 
@@ -85,7 +81,7 @@ mod tests {
         assert_eq!(parse("fp8"), Ok(DType::F8E4M3));
         assert!(parse("q7").is_err_and(|e| e.contains("q8_0")));
         assert_eq!(fitting(DType::Q4K, 512), DType::Q4K);
-        assert_ne!(fitting(DType::Q4K, 384).block_len(), 256);
+        assert_eq!(fitting(DType::Q4K, 384), DType::Q5_0);
         assert_eq!(fitting(DType::Q8_0, 40), DType::F16);
     }
 }

@@ -7,7 +7,6 @@ mod chat;
 mod conversation;
 #[cfg(feature = "demo")]
 mod demo;
-mod encode;
 mod failure;
 mod formats;
 mod inspect;

@@ -17,7 +17,7 @@ use std::{
 };
 
 use indicatif::ProgressBar;
-use oxseek_tensor::{DType, conformance::Random};
+use oxseek_tensor::{DType, Error, blocks::encode_row, conformance::Random};
 use oxseek_weights::{
     ModelConfig,
     gguf::{Array, GgmlType, GgufWriter, Slot, Source, describe, layout},
@@ -147,10 +147,14 @@ impl Synth {
         to.set("tokenizer.chat_template", TEMPLATE)
     }
 
-    fn pool(&mut self, recipe: &Recipe) -> Arc<Pool> {
-        let (dtype, deviation, seed) = (recipe.dtype, recipe.deviation, self.seed);
-        let pool = self.pools.entry((dtype, deviation.to_bits()));
-        Arc::clone(pool.or_insert_with(|| Arc::new(Pool::new(dtype, deviation, seed))))
+    fn pool(&mut self, recipe: &Recipe) -> Result<Arc<Pool>, Failure> {
+        let key = (recipe.dtype, recipe.deviation.to_bits());
+        if let Some(pool) = self.pools.get(&key) {
+            return Ok(Arc::clone(pool));
+        }
+        let pool = Arc::new(Pool::new(recipe.dtype, recipe.deviation, self.seed).map_err(failed)?);
+        self.pools.insert(key, Arc::clone(&pool));
+        Ok(pool)
     }
 
     /// Gives `bytes` bytes of a tensor to `write`, in pieces that several threads make.
@@ -168,11 +172,11 @@ impl Synth {
             let values: Vec<f32> =
                 (0..len).map(|_| recipe.mean + recipe.deviation * random.normal()).collect();
             let mut out = vec![0; bytes as usize];
-            crate::encode::row(recipe.dtype, &values, &mut out);
+            encode_row(recipe.dtype, &values, &mut out).map_err(failed)?;
             self.bar.inc(bytes);
             return Ok(write(&out)?);
         }
-        let pool = self.pool(recipe);
+        let pool = self.pool(recipe)?;
         let chunk = CHUNK_BYTES / pool.block_bytes() * pool.block_bytes();
         let threads = thread::available_parallelism().map_or(1, NonZero::get);
         let mut buffers = vec![vec![0; chunk]; threads.min((bytes as usize).div_ceil(chunk))];
@@ -200,12 +204,16 @@ impl Synth {
         Ok(())
     }
 
-    fn scales(&mut self, name: &str, of: &Recipe, rows: usize, cols: usize) -> Vec<f32> {
+    fn scales(&mut self, name: &str, of: &Recipe, rows: usize, cols: usize) -> Result<Vec<f32>, Failure> {
         let mut random = Random::new(self.seed ^ seed_of(name));
-        let scales = self.pool(of).scales(&mut random, rows, cols);
+        let scales = self.pool(of)?.scales(&mut random, rows, cols);
         self.bar.inc(scales.len() as u64 * 4);
-        scales
+        Ok(scales)
     }
+}
+
+fn failed(e: Error) -> Failure {
+    Failure::Run(e.to_string())
 }
 
 /// FNV-1a: every tensor gets numbers of its own.

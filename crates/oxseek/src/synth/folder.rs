@@ -156,7 +156,7 @@ fn write_shard(synth: &mut Synth, tensors: &[Tensor], path: &Path) -> Result<(),
                 synth.fill(&t.name, recipe, t.bytes, &mut |bytes| file.write_all(bytes))?;
             }
             Filling::Scales { of, rows, cols } => {
-                for scale in synth.scales(&t.name, of, *rows, *cols) {
+                for scale in synth.scales(&t.name, of, *rows, *cols)? {
                     file.write_all(&scale.to_le_bytes())?;
                 }
             }

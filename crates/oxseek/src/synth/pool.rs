@@ -1,8 +1,11 @@
 //! Random weights at the speed of a copy: a pool of blocks that were encoded once, from which any amount is drawn.
 
-use oxseek_tensor::{DType, conformance::Random, dtype::FP8_BLOCK};
-
-use crate::encode;
+use oxseek_tensor::{
+    DType, Error,
+    blocks::encode_row,
+    conformance::Random,
+    dtype::{FP8_BLOCK, f32_to_e4m3},
+};
 
 /// Values of a pool: their blocks stay in a core's own cache.
 const POOL_VALUES: usize = 1 << 17;
@@ -21,7 +24,7 @@ pub struct Pool {
 
 impl Pool {
     /// Values of mean 0 and this deviation.
-    pub fn new(dtype: DType, deviation: f32, seed: u64) -> Self {
+    pub fn new(dtype: DType, deviation: f32, seed: u64) -> Result<Self, Error> {
         let mut random = Random::new(seed);
         let fp8 = dtype == DType::F8E4M3;
         let (factor, scale) = if fp8 { (FP8_DEVIATION, deviation / FP8_DEVIATION) } else { (deviation, 1.0) };
@@ -29,8 +32,12 @@ impl Pool {
         let block = dtype.block_len().max(RUN_VALUES);
         let block_bytes = block / dtype.block_len() * dtype.block_bytes();
         let mut blocks = vec![0; POOL_VALUES / block * block_bytes];
-        encode::row(dtype, &values, &mut blocks);
-        Self { blocks, block_bytes, scale }
+        if fp8 {
+            blocks = values.into_iter().map(f32_to_e4m3).collect();
+        } else {
+            encode_row(dtype, &values, &mut blocks)?;
+        }
+        Ok(Self { blocks, block_bytes, scale })
     }
 
     /// Bytes of which a whole number should be filled at a time.
