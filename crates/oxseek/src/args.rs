@@ -6,7 +6,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 use oxseek_backend_cpu::{Level, Precision};
 use oxseek_tensor::DType;
 
-use crate::formats;
+use crate::{formats, quantize::Target};
 
 /// Runs and serves models of the DeepSeek family.
 ///
@@ -31,6 +31,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Measure prefill and decode speed
     Bench(BenchArgs),
+    /// Write a checkpoint as a GGUF file in another format
+    Quantize(QuantizeArgs),
     /// Write a model of a real shape with random weights, for benchmarks
     Synth(SynthArgs),
     /// Check every kernel and the model's answers on this machine
@@ -184,6 +186,32 @@ pub struct BenchArgs {
     /// Runs of each test; the median counts
     #[arg(short, long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub repeat: u16,
+}
+
+/// `oxseek quantize`
+#[derive(Debug, ClapArgs)]
+pub struct QuantizeArgs {
+    /// Folder of a Hugging Face checkpoint or GGUF file (of a model in parts any one)
+    #[arg(value_name = "IN")]
+    pub input: PathBuf,
+    /// The GGUF file to write
+    pub out: PathBuf,
+    /// Format of the weights: q8_0, q4_0, q4_k, q4_k_m, q6_k, bf16, ...; where rows do not fit a
+    /// format, what llama-quantize takes instead; vectors and routers are F32
+    #[arg(long, value_parser = Target::parse)]
+    pub format: Target,
+    /// All weights in the one format; else the head is q6_k or q8_0
+    #[arg(long)]
+    pub pure: bool,
+    /// Format of the head
+    #[arg(long, value_parser = formats::parse, value_name = "FORMAT")]
+    pub output_tensor_type: Option<DType>,
+    /// Format of the embedding
+    #[arg(long, value_parser = formats::parse, value_name = "FORMAT")]
+    pub token_embedding_type: Option<DType>,
+    /// Threads that compute; default: the cores this process may use
+    #[arg(short, long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
 }
 
 /// `oxseek synth`

@@ -12,6 +12,7 @@ mod formats;
 mod inspect;
 mod open;
 mod progress;
+mod quantize;
 mod run;
 mod selftest;
 mod serve;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         Command::Serve(a) => serve::serve(a),
         Command::Inspect(a) => inspect::inspect(&a),
         Command::Bench(a) => bench::bench(&a),
+        Command::Quantize(a) => quantize::quantize(&a),
         Command::Synth(a) => synth::synth(&a),
         Command::Selftest(a) => selftest::selftest(&a),
     };

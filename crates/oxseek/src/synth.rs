@@ -212,6 +212,7 @@ impl Synth {
     }
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "map_err gives it away")]
 fn failed(e: Error) -> Failure {
     Failure::Run(e.to_string())
 }

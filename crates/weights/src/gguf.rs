@@ -114,6 +114,17 @@ impl Gguf {
         self.parts.iter().flat_map(|p| p.tensors.iter().map(move |(name, e)| view(p, name, e)))
     }
 
+    /// The tensor `name` as a matrix, its outer sizes taken together; a vector is one row.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when there is none, or its type is one that cannot be read.
+    pub fn rows_of(&self, name: &str) -> Result<HostMatrix, Error> {
+        let (_, entry) = self.entry(name).ok_or_else(|| self.missing(name, &[]))?;
+        let cols = entry.shape.last().copied().unwrap_or(1);
+        let rows = entry.shape.iter().rev().skip(1).product();
+        self.slab(name, &entry.shape, 0, (rows, cols))
+    }
+
     /// What the model calls a tensor of the file: its name in a Hugging Face checkpoint, as far as there is one.
     pub(crate) fn model_name(name: &str) -> Option<String> {
         names::model_name(name)
