@@ -240,6 +240,10 @@ pub struct SelftestArgs {
     /// Folder with golden checkpoints (this project's goldens/): compares logits, routing, greedy text and MTP
     #[arg(long, value_name = "FOLDER")]
     pub goldens: Option<PathBuf>,
+    /// Show what each storage format costs the demo model, and check it against its tolerance
+    #[cfg(feature = "demo")]
+    #[arg(long)]
+    pub formats: bool,
     /// Threads that compute; default: 1, 2 and 8
     #[arg(short, long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Vec<u16>,

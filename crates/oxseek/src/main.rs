@@ -8,6 +8,8 @@ mod conversation;
 #[cfg(feature = "demo")]
 mod demo;
 mod failure;
+#[cfg(feature = "demo")]
+mod format_table;
 mod formats;
 mod inspect;
 mod open;

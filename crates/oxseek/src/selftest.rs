@@ -24,6 +24,10 @@ pub fn selftest(args: &SelftestArgs) -> Result<(), Failure> {
             failed += check_demo(level, usize::from(t))?;
         }
     }
+    #[cfg(feature = "demo")]
+    if args.formats {
+        failed += crate::format_table::check()?;
+    }
     if let Some(folder) = &args.goldens {
         println!("\nscalar reference\n{}", fixture::Figures::HEADING);
         failed += check_fixtures(folder, &mut || Ok(Box::new(ReferenceBackend::new())))?;

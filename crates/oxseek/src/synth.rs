@@ -270,3 +270,75 @@ impl Recipe {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use oxseek_model::{Batch, DeepSeek, LanguageModel, LoadOptions, LogitRows};
+    use oxseek_tensor::reference::ReferenceBackend;
+    use oxseek_weights::Checkpoint;
+
+    use super::*;
+    use crate::wording::Wording;
+
+    /// A small model of V3's kind; rows of 40 fit no blocks.
+    const CONFIG: &str = r#"{
+        "model_type": "deepseek_v3", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 40, "qk_rope_head_dim": 8, "v_head_dim": 32,
+        "intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 8, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": true,
+        "routed_scaling_factor": 2.5, "max_position_embeddings": 512, "num_nextn_predict_layers": 1,
+        "vocab_size": 512, "bos_token_id": 7, "eos_token_id": 9
+    }"#;
+
+    fn logits(checkpoint: &Checkpoint) -> Vec<f32> {
+        let options =
+            LoadOptions { context_tokens_max: 64, cache_blocks: 1, step_rows_max: 8, logit_rows_max: 1 };
+        let backend = Box::new(ReferenceBackend::new());
+        let mut model = DeepSeek::load(checkpoint, backend, options, &mut |_, _| {}).unwrap();
+        let mut logits = vec![0.0; 512];
+        let mut batch = Batch::default();
+        batch.push(&[7, 20, 30, 40, 50], 0, 5, &[0], LogitRows::Last);
+        model.forward(&batch, &mut logits).unwrap();
+        logits
+    }
+
+    #[test]
+    fn models_run_and_neither_vanish_nor_explode() {
+        let folder = std::env::temp_dir().join(format!("oxseek-synth-{}", std::process::id()));
+        fs::create_dir(&folder).unwrap();
+        let config = folder.join("small.json");
+        fs::write(&config, CONFIG).unwrap();
+        let shape = config.to_string_lossy().into_owned();
+        for (format, out) in
+            [("q4_0", "a.gguf"), ("q4_k", "b.gguf"), ("bf16", "c.gguf"), ("bf16", "d"), ("fp8", "e")]
+        {
+            let out = folder.join(out);
+            let args = SynthArgs {
+                shape: shape.clone(),
+                layers: None,
+                format: crate::formats::parse(format).unwrap(),
+                seed: 3,
+                out: out.clone(),
+            };
+            super::synth(&args).unwrap();
+            assert!(super::synth(&args).is_err_and(|e| e.to_string().contains("exists already")));
+            let checkpoint = Checkpoint::open(&out).unwrap();
+            let logits = logits(&checkpoint);
+            let deviation = (logits.iter().map(|v| v * v).sum::<f32>() / 512.0).sqrt();
+            assert!((1.0..9.0).contains(&deviation), "{format}: {deviation}");
+            let words = Wording::of(&checkpoint).unwrap();
+            let text = "any text: \u{e9}\u{4e2d}\u{1f600}\n";
+            let ids = words.tokenizer.encode(text, oxseek_text::ControlTokens::AsText).unwrap();
+            assert_eq!(words.tokenizer.decode(&ids), text);
+            assert_eq!((words.tokenizer.bos_id(), words.tokenizer.eos_id()), (Some(7), Some(9)));
+        }
+        for (format, out, why) in [("fp8", "f.gguf", "have no fp8"), ("q4_0", "g", "ends in .gguf")] {
+            let format = crate::formats::parse(format).unwrap();
+            let args =
+                SynthArgs { shape: shape.clone(), layers: None, format, seed: 1, out: folder.join(out) };
+            assert!(super::synth(&args).is_err_and(|e| e.to_string().contains(why)));
+        }
+        fs::remove_dir_all(&folder).unwrap();
+    }
+}

@@ -20,6 +20,9 @@ pub struct Scheme {
     pub tied: bool,
     /// Layers, MTP layers included.
     pub layers: usize,
+    /// Weights are rounded to this format, in blocks that may run across the ends of rows, and stored as F32: what a
+    /// format with long blocks costs a model whose rows are short.
+    pub through: Option<DType>,
 }
 
 /// `--format`
@@ -52,6 +55,11 @@ impl Scheme {
     pub fn file_type(&self) -> u32 {
         // The mixture's number follows that of the K-quant without it.
         file_type(self.target.dtype) + u32::from(self.target.mixture)
+    }
+
+    /// What a tensor is rounded to before it is stored.
+    pub fn through(&self, input: &Input) -> Option<DType> {
+        self.through.filter(|_| !is_exact(input))
     }
 
     /// The format of a tensor.
@@ -118,7 +126,7 @@ mod tests {
 
     fn scheme(format: &str) -> Scheme {
         let target = Target::parse(format).unwrap();
-        Scheme { target, pure: false, output: None, embedding: None, tied: false, layers: 24 }
+        Scheme { target, pure: false, output: None, embedding: None, tied: false, layers: 24, through: None }
     }
 
     #[test]
