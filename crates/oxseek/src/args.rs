@@ -240,7 +240,7 @@ pub struct SelftestArgs {
     /// Folder with golden checkpoints (this project's goldens/): compares logits, routing, greedy text and MTP
     #[arg(long, value_name = "FOLDER")]
     pub goldens: Option<PathBuf>,
-    /// Show what each storage format costs the demo model, and check it against its tolerance
+    /// Only show what each storage format costs the demo model, and check it against its tolerance
     #[cfg(feature = "demo")]
     #[arg(long)]
     pub formats: bool,
