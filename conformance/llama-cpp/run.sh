@@ -25,4 +25,6 @@ if [ -z "${LLAMA_BIN:-}" ]; then
   LLAMA_BIN=.cache/llama-cpp/build/bin
   [ -x "$LLAMA_BIN/llama-quantize" ] || build
 fi
-exec python3 conformance/llama-cpp/check.py --oxseek "${OXSEEK:-target/release/oxseek}" --llama "$LLAMA_BIN"
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/pip install --quiet numpy gguf
+exec .venv/bin/python conformance/llama-cpp/check.py --oxseek "${OXSEEK:-target/release/oxseek}" --llama "$LLAMA_BIN"
