@@ -125,6 +125,11 @@ def check(kind, label, path, args, expected):
             ours = oxseek.complete(prompt)
             answers.append(ours)
             theirs = llama(args.llama, path, prompt)
+            for _ in range(5):
+                # On a busy machine the end of its output is lost now and then.
+                if common(ours[0], theirs) < len(theirs.strip("\ufffd\n ")) or theirs.strip() == ours[0].strip():
+                    break
+                theirs = max(theirs, llama(args.llama, path, prompt), key=len)
             good, note = compare(ours, theirs, margin)
             if not good and common(ours[0], exact[0]) > common(ours[0], theirs):
                 good, note = True, note + ", oxseek as from the safetensors"

@@ -14,8 +14,9 @@ use crate::{
     quantize::{Scheme, Target, write},
 };
 
-/// Format, most nats of KL(exact || format) on average, least percent of most likely tokens that stay. Blocks of 256 do
-/// not fit the demo model's rows (384, 192, 128): those formats are measured on blocks that run across the ends of rows.
+/// Format, most nats of KL(exact || format) on average, least percent of most likely tokens that stay. The demo model's
+/// rows (384, 192, 128) are no multiple of 256: formats with blocks of 256 are measured on blocks that run across the
+/// ends of rows.
 const TOLERANCES: [(DType, f64, f64); 16] = [
     (DType::F32, 1e-9, 100.0),
     (DType::BF16, 1e-3, 99.0),

@@ -217,7 +217,8 @@ fn encode_group(group: &[(&Job<'_>, Range<usize>)], threads: usize) -> Vec<Resul
     results.into_iter().map(|(_, bytes)| bytes).collect()
 }
 
-#[cfg(all(test, feature = "demo"))]
+#[cfg(feature = "demo")]
+#[cfg(test)]
 mod tests {
     use oxseek_text::ControlTokens;
 

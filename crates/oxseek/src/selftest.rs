@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use oxseek_backend_cpu::{CpuBackend, CpuOptions, Level, Precision};
-use oxseek_selftest::{MakeBackend, agreement, demo, fixture};
+use oxseek_backend_cpu::{CpuBackend, CpuOptions, Level};
+use oxseek_selftest::{MakeBackend, fixture};
 use oxseek_tensor::{Backend, conformance, reference::ReferenceBackend};
 
 use crate::{args::SelftestArgs, failure::Failure};
@@ -70,6 +70,9 @@ fn check_ops(level: Level) -> usize {
 
 #[cfg(feature = "demo")]
 fn check_demo(level: Level, threads: usize) -> Result<usize, Failure> {
+    use oxseek_backend_cpu::Precision;
+    use oxseek_selftest::{agreement, demo};
+
     let failure = |e: oxseek_selftest::Error| Failure::Selftest(e.to_string());
     let golden =
         oxseek_selftest::golden::Golden::from_bytes("demo golden", crate::demo::region(crate::demo::GOLDEN))
