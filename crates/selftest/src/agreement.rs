@@ -4,7 +4,6 @@
 use std::fmt;
 
 use oxseek_model::{DeepSeek, LanguageModel as _, LoadOptions, LogitRows};
-use oxseek_tensor::Backend;
 use oxseek_weights::Checkpoint;
 
 use crate::{
@@ -57,8 +56,14 @@ pub fn check(
     exact: &mut MakeBackend<'_>,
     native: &mut MakeBackend<'_>,
 ) -> Result<Figures, Error> {
-    let mut exact = load(checkpoint, exact()?)?;
-    let mut native = load(checkpoint, native()?)?;
+    let options = LoadOptions {
+        context_tokens_max: TOKENS_MAX,
+        cache_blocks: TOKENS_MAX.div_ceil(64),
+        step_rows_max: TOKENS_MAX,
+        logit_rows_max: TOKENS_MAX,
+    };
+    let mut exact = DeepSeek::load(checkpoint, exact()?, options, &mut |_, _| {})?;
+    let mut native = DeepSeek::load(checkpoint, native()?, options, &mut |_, _| {})?;
     compare(&mut exact, &mut native, golden)
 }
 
@@ -73,19 +78,15 @@ pub fn check_format(
     golden: &Golden,
     make: &mut MakeBackend<'_>,
 ) -> Result<Figures, Error> {
-    let mut exact = load(exact, make()?)?;
-    let mut other = load(other, make()?)?;
-    compare(&mut exact, &mut other, golden)
-}
-
-fn load(checkpoint: &Checkpoint, backend: Box<dyn Backend>) -> Result<DeepSeek, Error> {
     let options = LoadOptions {
         context_tokens_max: TOKENS_MAX,
         cache_blocks: TOKENS_MAX.div_ceil(64),
         step_rows_max: TOKENS_MAX,
         logit_rows_max: TOKENS_MAX,
     };
-    Ok(DeepSeek::load(checkpoint, backend, options, &mut |_, _| {})?)
+    let mut exact = DeepSeek::load(exact, make()?, options, &mut |_, _| {})?;
+    let mut other = DeepSeek::load(other, make()?, options, &mut |_, _| {})?;
+    compare(&mut exact, &mut other, golden)
 }
 
 fn compare(exact: &mut DeepSeek, other: &mut DeepSeek, golden: &Golden) -> Result<Figures, Error> {
