@@ -88,7 +88,6 @@ pub fn write(
     let mut total = 0;
     for input in &inputs {
         let dtype = scheme.dtype(input);
-        warn_of_loss(input, dtype);
         let kind =
             GgmlType::of(dtype).ok_or_else(|| Failure::Usage(format!("GGUF files have no {dtype}")))?;
         writer.tensor(&input.name, kind, &input.shape)?;
@@ -96,6 +95,7 @@ pub fn write(
         total += (job.row_bytes * input.rows()) as u64;
         jobs.push(job);
     }
+    warn_of_loss(&jobs);
     let bar = bytes_bar("quantizing", total);
     // Under another name until it is whole: half a model must not pass for one.
     let part = out.with_extension("gguf.part");
@@ -111,9 +111,14 @@ pub fn write(
 }
 
 /// Blocks that are rounded a second time lose more than the format alone would.
-fn warn_of_loss(input: &Input, to: DType) {
-    if let Some(from) = input.dtype().filter(|from| from.block_len() > 1 && *from != to) {
-        eprintln!("oxseek: warning: {}: {from} is rounded again, to {to}", input.name);
+fn warn_of_loss(jobs: &[Job<'_>]) {
+    let again = |job: &&Job<'_>| job.input.dtype().is_some_and(|d| d.block_len() > 1 && d != job.dtype);
+    let count = jobs.iter().filter(again).count();
+    if let Some((job, from)) = jobs.iter().find(again).and_then(|job| Some((job, job.input.dtype()?))) {
+        let (name, to) = (&job.input.name, job.dtype);
+        eprintln!(
+            "oxseek: warning: {count} tensors are rounded a second time: {name} from {from} to {to}, ..."
+        );
     }
 }
 
