@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compares oxseek with llama.cpp on GGUF files of the demo model. LLAMA_BIN is a folder with llama-completion and
 # llama-quantize; without it they are built once, in .cache/llama-cpp, from the source that PyPI's llama-cpp-python
-# carries (some minutes).
+# carries (some minutes). `--only q4_k Q4_K_M` checks some formats alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 version=0.3.36
@@ -27,4 +27,4 @@ if [ -z "${LLAMA_BIN:-}" ]; then
 fi
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/pip install --quiet numpy gguf
-exec .venv/bin/python conformance/llama-cpp/check.py --oxseek "${OXSEEK:-target/release/oxseek}" --llama "$LLAMA_BIN"
+exec .venv/bin/python conformance/llama-cpp/check.py --oxseek "${OXSEEK:-target/release/oxseek}" --llama "$LLAMA_BIN" "$@"
