@@ -128,6 +128,9 @@ def compare(ours, theirs, margin):
     start = offsets[0] if offsets else 0
     token = max((i for i, at in enumerate(offsets) if at - start <= same + shift), default=0)
     near = margins[token]
+    if token > 0 and offsets[token] - start == same + shift:
+        # They part where a token of ours ends: the other may have taken a longer one there ("like", "liked").
+        near = min(near, margins[token - 1])
     return near < margin, f"part at token {token} of {len(margins)}, margin {near:.3f}"
 
 
