@@ -39,6 +39,8 @@ impl PackedFormat {
     pub(crate) fn of(dtype: DType) -> Option<Self> {
         match dtype {
             DType::F32 | DType::F16 => None,
+            DType::Q4_1 | DType::Q5_0 | DType::Q5_1 | DType::Q2K | DType::Q3K | DType::Q5K => None,
+            DType::Q6K | DType::IQ4_NL | DType::IQ4_XS | DType::MXFP4 => None,
             DType::BF16 => Some(Self::Bf16),
             DType::F8E4M3 => Some(Self::E4m3),
             DType::Q8_0 => Some(Self::Q8_0),

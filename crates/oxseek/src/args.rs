@@ -4,6 +4,9 @@ use std::{net::IpAddr, path::PathBuf};
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use oxseek_backend_cpu::{Level, Precision};
+use oxseek_tensor::DType;
+
+use crate::{formats, quantize::Target};
 
 /// Runs and serves models of the DeepSeek family.
 ///
@@ -28,6 +31,10 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Measure prefill and decode speed
     Bench(BenchArgs),
+    /// Write a checkpoint as a GGUF file in another format
+    Quantize(QuantizeArgs),
+    /// Write a model of a real shape with random weights, for benchmarks
+    Synth(SynthArgs),
     /// Check every kernel and the model's answers on this machine
     Selftest(SelftestArgs),
 }
@@ -35,8 +42,9 @@ pub enum Command {
 /// Which model, on what.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct ModelArgs {
-    /// Folder of a Hugging Face checkpoint (config.json, tokenizer.json, *.safetensors)
-    #[arg(short, long, env = "OXSEEK_MODEL", value_name = "FOLDER")]
+    /// Folder of a Hugging Face checkpoint (config.json, tokenizer.json, *.safetensors) or a GGUF
+    /// file (of a model in parts any one)
+    #[arg(short, long, env = "OXSEEK_MODEL", value_name = "PATH")]
     pub model: Option<PathBuf>,
     /// Threads that compute; default: the cores this process may use
     #[arg(short, long, env = "OXSEEK_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -149,7 +157,7 @@ pub struct ServeArgs {
 /// `oxseek inspect`
 #[derive(Debug, ClapArgs)]
 pub struct InspectArgs {
-    /// Folder of a Hugging Face checkpoint; default: the built-in demo model
+    /// Folder of a Hugging Face checkpoint or GGUF file; default: the built-in demo model
     #[arg(value_name = "MODEL")]
     pub model: Option<PathBuf>,
     /// List every tensor too
@@ -180,12 +188,62 @@ pub struct BenchArgs {
     pub repeat: u16,
 }
 
+/// `oxseek quantize`
+#[derive(Debug, ClapArgs)]
+pub struct QuantizeArgs {
+    /// Folder of a Hugging Face checkpoint or GGUF file (of a model in parts any one)
+    #[arg(value_name = "IN")]
+    pub input: PathBuf,
+    /// The GGUF file to write
+    pub out: PathBuf,
+    /// Format of the weights: q8_0, q4_0, q4_k, q4_k_m, q6_k, bf16, ...; where rows do not fit a
+    /// format, what llama-quantize takes instead; vectors and routers are F32
+    #[arg(long, value_parser = Target::parse)]
+    pub format: Target,
+    /// All weights in the one format; else the head is q6_k or q8_0
+    #[arg(long)]
+    pub pure: bool,
+    /// Format of the head
+    #[arg(long, value_parser = formats::parse, value_name = "FORMAT")]
+    pub output_tensor_type: Option<DType>,
+    /// Format of the embedding
+    #[arg(long, value_parser = formats::parse, value_name = "FORMAT")]
+    pub token_embedding_type: Option<DType>,
+    /// Threads that compute; default: the cores this process may use
+    #[arg(short, long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+}
+
+/// `oxseek synth`
+#[derive(Debug, ClapArgs)]
+pub struct SynthArgs {
+    /// tiny (77 M parameters), mid (3.1 B), v2-lite, moonlight, v3, or the path of a config.json
+    #[arg(long)]
+    pub shape: String,
+    /// Layers, instead of as many as the shape has
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub layers: Option<u16>,
+    /// Format of the weights: f32, bf16, fp8, q8_0, q4_0, q4_k, ...; where rows do not fit a format,
+    /// what llama-quantize takes instead; vectors and routers are F32 in GGUF files
+    #[arg(long, value_parser = formats::parse)]
+    pub format: DType,
+    /// Same seed, same weights
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// A GGUF file, if it ends in .gguf, else a Hugging Face folder (f32, f16, bf16 and fp8 only)
+    pub out: PathBuf,
+}
+
 /// `oxseek selftest`
 #[derive(Debug, ClapArgs)]
 pub struct SelftestArgs {
     /// Folder with golden checkpoints (this project's goldens/): compares logits, routing, greedy text and MTP
     #[arg(long, value_name = "FOLDER")]
     pub goldens: Option<PathBuf>,
+    /// Only show what each storage format costs the demo model, and check it against its tolerance
+    #[cfg(feature = "demo")]
+    #[arg(long)]
+    pub formats: bool,
     /// Threads that compute; default: 1, 2 and 8
     #[arg(short, long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Vec<u16>,

@@ -8,12 +8,19 @@ mod conversation;
 #[cfg(feature = "demo")]
 mod demo;
 mod failure;
+#[cfg(feature = "demo")]
+mod format_table;
+mod formats;
 mod inspect;
 mod open;
+mod progress;
+mod quantize;
 mod run;
 mod selftest;
 mod serve;
+mod synth;
 mod terminal;
+mod wording;
 
 use std::process::ExitCode;
 
@@ -29,6 +36,8 @@ fn main() -> ExitCode {
         Command::Serve(a) => serve::serve(a),
         Command::Inspect(a) => inspect::inspect(&a),
         Command::Bench(a) => bench::bench(&a),
+        Command::Quantize(a) => quantize::quantize(&a),
+        Command::Synth(a) => synth::synth(&a),
         Command::Selftest(a) => selftest::selftest(&a),
     };
     match result {

@@ -6,10 +6,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use oxseek_backend_cpu::{CpuBackend, CpuOptions};
 use oxseek_engine::{Engine, EngineHandle, EngineOptions, Sampling};
 use oxseek_model::{DeepSeek, LoadOptions, kv::blocks_for};
-use oxseek_text::{ChatTemplate, Tokenizer};
-use oxseek_weights::Checkpoint;
+use oxseek_text::ChatTemplate;
+use oxseek_weights::{Checkpoint, Gguf, gguf::Value};
 
-use crate::{args::ModelArgs, failure::Failure};
+use crate::{args::ModelArgs, failure::Failure, wording::Wording};
 
 /// Context of a conversation when nobody asks for another, in tokens.
 const CONTEXT_TOKENS_DEFAULT: usize = 4096;
@@ -32,13 +32,28 @@ pub struct Opened {
     pub sampling: Sampling,
 }
 
-/// Opens a checkpoint folder, or the built-in demo model.
-pub fn open_checkpoint(folder: Option<&Path>) -> Result<(String, Checkpoint), Failure> {
-    let Some(folder) = folder else { return open_demo() };
-    let checkpoint = Checkpoint::open(folder).map_err(|e| Failure::Model(e.to_string()))?;
-    let full = folder.canonicalize().unwrap_or_else(|_| folder.into());
-    let name = full.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
+/// Longest name of a model that is taken from its file.
+const NAME_CHARS_MAX: usize = 200;
+
+/// Opens a checkpoint folder, a GGUF file or the built-in demo model; says on standard error what had to be guessed.
+pub fn open_checkpoint(path: Option<&Path>) -> Result<(String, Checkpoint), Failure> {
+    let Some(path) = path else { return open_demo() };
+    let checkpoint = Checkpoint::open(path).map_err(|e| Failure::Model(e.to_string()))?;
+    for warning in checkpoint.warnings() {
+        eprintln!("oxseek: warning: {warning}");
+    }
+    let full = path.canonicalize().unwrap_or_else(|_| path.into());
+    let last = if full.is_dir() { full.file_name() } else { full.file_stem() };
+    let of_path = || last.map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
+    let name = checkpoint.gguf().and_then(name_in).unwrap_or_else(of_path);
     Ok((name, checkpoint))
+}
+
+/// The name that the metadata gives, if it is fit for a terminal and an API.
+fn name_in(gguf: &Gguf) -> Option<String> {
+    let name = gguf.get("general.name").and_then(Value::as_text)?.trim();
+    let fit = !name.is_empty() && name.chars().count() <= NAME_CHARS_MAX && !name.contains(char::is_control);
+    fit.then(|| name.to_string())
 }
 
 #[cfg(feature = "demo")]
@@ -50,7 +65,7 @@ fn open_demo() -> Result<(String, Checkpoint), Failure> {
 
 #[cfg(not(feature = "demo"))]
 fn open_demo() -> Result<(String, Checkpoint), Failure> {
-    Err(Failure::Usage("this build has no built-in model: give one with --model FOLDER".into()))
+    Err(Failure::Usage("this build has no built-in model: give one with --model PATH".into()))
 }
 
 /// The CPU backend that the command line asks for.
@@ -91,12 +106,7 @@ pub fn start_engine(
     queue: usize,
 ) -> Result<Opened, Failure> {
     let broken = |e: &dyn std::fmt::Display| Failure::Model(e.to_string());
-    let file = |name: &str| checkpoint.file(name);
-    let tokenizer_json = file("tokenizer.json").ok_or_else(|| broken(&"the folder has no tokenizer.json"))?;
-    let tokenizer = Tokenizer::from_bytes(tokenizer_json, file("tokenizer_config.json"))
-        .map_err(|e| broken(&format!("tokenizer.json: {e}")))?;
-    let template = ChatTemplate::from_files(file("tokenizer_config.json"), file("chat_template.jinja"))
-        .map_err(|e| broken(&format!("chat template: {e}")))?;
+    let Wording { tokenizer, template, sampling } = Wording::of(checkpoint)?;
     let c = checkpoint.config();
     let context = context_tokens(args, checkpoint)?;
     let options = LoadOptions {
@@ -128,30 +138,8 @@ pub fn start_engine(
         template,
         bos,
         eos,
-        sampling: recommended_sampling(file("generation_config.json"))?,
+        sampling,
     })
-}
-
-/// `generation_config.json`'s temperature and `top_p`, where `do_sample` is not false.
-fn recommended_sampling(generation_config: Option<&[u8]>) -> Result<Sampling, Failure> {
-    let mut sampling = Sampling::default();
-    let Some(bytes) = generation_config else { return Ok(sampling) };
-    let config: serde_json::Value =
-        serde_json::from_slice(bytes).map_err(|e| Failure::Model(format!("generation_config.json: {e}")))?;
-    if config["do_sample"] == false {
-        sampling.temperature = 0.0;
-        return Ok(sampling);
-    }
-    if let Some(t) = config["temperature"].as_f64() {
-        sampling.temperature = t as f32;
-    }
-    if let Some(p) = config["top_p"].as_f64() {
-        sampling.top_p = p as f32;
-    }
-    if let Some(k) = config["top_k"].as_u64() {
-        sampling.top_k = k as usize;
-    }
-    Ok(sampling)
 }
 
 /// A progress bar that appears only when loading takes long enough to wonder.

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use oxseek_backend_cpu::{CpuBackend, CpuOptions, Level, Precision};
-use oxseek_selftest::{MakeBackend, agreement, demo, fixture};
+use oxseek_backend_cpu::{CpuBackend, CpuOptions, Level};
+use oxseek_selftest::{MakeBackend, fixture};
 use oxseek_tensor::{Backend, conformance, reference::ReferenceBackend};
 
 use crate::{args::SelftestArgs, failure::Failure};
@@ -13,6 +13,10 @@ const THREADS: [u16; 3] = [1, 2, 8];
 
 /// Runs the checks and prints their figures.
 pub fn selftest(args: &SelftestArgs) -> Result<(), Failure> {
+    #[cfg(feature = "demo")]
+    if args.formats {
+        return verdict_of(crate::format_table::check()?);
+    }
     let threads = if args.threads.is_empty() { THREADS.to_vec() } else { args.threads.clone() };
     let mut failed = 0;
     for level in Level::available() {
@@ -32,6 +36,10 @@ pub fn selftest(args: &SelftestArgs) -> Result<(), Failure> {
             failed += check_fixtures(folder, &mut || cpu(level, usize::from(threads[0])))?;
         }
     }
+    verdict_of(failed)
+}
+
+fn verdict_of(failed: usize) -> Result<(), Failure> {
     if failed == 0 { Ok(()) } else { Err(Failure::Selftest(format!("{failed} checks failed"))) }
 }
 
@@ -62,6 +70,9 @@ fn check_ops(level: Level) -> usize {
 
 #[cfg(feature = "demo")]
 fn check_demo(level: Level, threads: usize) -> Result<usize, Failure> {
+    use oxseek_backend_cpu::Precision;
+    use oxseek_selftest::{agreement, demo};
+
     let failure = |e: oxseek_selftest::Error| Failure::Selftest(e.to_string());
     let golden =
         oxseek_selftest::golden::Golden::from_bytes("demo golden", crate::demo::region(crate::demo::GOLDEN))

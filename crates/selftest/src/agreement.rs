@@ -1,8 +1,9 @@
-//! How far rounded activations move the model: native precision against exact, on the same weights.
+//! How far rounding moves the model: native precision against exact on the same weights, and one format of the weights
+//! against another.
 
 use std::fmt;
 
-use oxseek_model::{DeepSeek, LoadOptions, LogitRows};
+use oxseek_model::{DeepSeek, LanguageModel as _, LoadOptions, LogitRows};
 use oxseek_weights::Checkpoint;
 
 use crate::{
@@ -63,13 +64,39 @@ pub fn check(
     };
     let mut exact = DeepSeek::load(checkpoint, exact()?, options, &mut |_, _| {})?;
     let mut native = DeepSeek::load(checkpoint, native()?, options, &mut |_, _| {})?;
-    let vocab = checkpoint.config().vocab_size;
+    compare(&mut exact, &mut native, golden)
+}
+
+/// Runs the golden prompts and answers through two checkpoints of one model: what the storage format of the second
+/// costs.
+///
+/// # Errors
+/// [`Error`] when the check itself cannot be made.
+pub fn check_format(
+    exact: &Checkpoint,
+    other: &Checkpoint,
+    golden: &Golden,
+    make: &mut MakeBackend<'_>,
+) -> Result<Figures, Error> {
+    let options = LoadOptions {
+        context_tokens_max: TOKENS_MAX,
+        cache_blocks: TOKENS_MAX.div_ceil(64),
+        step_rows_max: TOKENS_MAX,
+        logit_rows_max: TOKENS_MAX,
+    };
+    let mut exact = DeepSeek::load(exact, make()?, options, &mut |_, _| {})?;
+    let mut other = DeepSeek::load(other, make()?, options, &mut |_, _| {})?;
+    compare(&mut exact, &mut other, golden)
+}
+
+fn compare(exact: &mut DeepSeek, other: &mut DeepSeek, golden: &Golden) -> Result<Figures, Error> {
+    let vocab = exact.limits().vocab;
     let mut figures = Figures::default();
     for name in PROMPTS {
         let mut tokens = golden.ids(&format!("{name}.ids"))?;
         tokens.extend(golden.ids(&format!("{name}.greedy"))?);
         tokens.truncate(TOKENS_MAX);
-        let [a, b] = [&mut exact, &mut native]
+        let [a, b] = [&mut *exact, &mut *other]
             .map(|model| Sequence::new(tokens.len(), tokens.len(), 0).run(model, &tokens, LogitRows::All));
         for (a, b) in a?.chunks_exact(vocab).zip(b?.chunks_exact(vocab)) {
             let kl = divergence(a, b);

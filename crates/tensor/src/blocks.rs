@@ -1,24 +1,83 @@
 //! Scalar codecs of GGUF's block formats (llama.cpp, ggml-common.h names the layouts).
+//!
+//! A decoder is the truth of its format, bit by bit (`goldens/gguf_blocks`). An encoder looks for the scales with the
+//! smallest squared error; the same values give the same bytes everywhere.
+
+mod fit;
+mod k_quants;
+mod plain;
+mod tables;
+
+pub use tables::{E2M1_DOUBLED, IQ4_VALUES, half_of_e8m0};
 
 use crate::{
-    DType,
-    dtype::{f16_to_f32, f32_to_f16},
+    DType, Error,
+    dtype::{f16_to_f32, f32_to_bf16, f32_to_f16},
 };
 
 /// A row of `dtype`'s blocks; `out` has the elements of `bytes`' blocks. Formats without blocks are left alone.
 pub fn decode_row(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     match dtype {
-        DType::Q8_0 => each_block(bytes, out, decode_q8_0),
-        DType::Q4_0 => each_block(bytes, out, decode_q4_0),
-        DType::Q4K => each_block(bytes, out, decode_q4_k),
+        DType::Q8_0 => each_block(bytes, out, plain::decode_q8_0),
+        DType::Q4_0 => each_block(bytes, out, plain::decode_q4_0),
+        DType::Q4_1 => each_block(bytes, out, plain::decode_q4_1),
+        DType::Q5_0 => each_block(bytes, out, plain::decode_q5_0),
+        DType::Q5_1 => each_block(bytes, out, plain::decode_q5_1),
+        DType::Q2K => each_block(bytes, out, k_quants::decode_q2_k),
+        DType::Q3K => each_block(bytes, out, k_quants::decode_q3_k),
+        DType::Q4K => each_block(bytes, out, k_quants::decode_q4_k),
+        DType::Q5K => each_block(bytes, out, k_quants::decode_q5_k),
+        DType::Q6K => each_block(bytes, out, k_quants::decode_q6_k),
+        DType::IQ4_NL => each_block(bytes, out, tables::decode_iq4_nl),
+        DType::IQ4_XS => each_block(bytes, out, tables::decode_iq4_xs),
+        DType::MXFP4 => each_block(bytes, out, tables::decode_mxfp4),
         DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3 => {}
     }
+}
+
+/// Writes the values `x`, a whole number of blocks, in `dtype` to `out`. Values that are not finite give blocks without
+/// meaning.
+///
+/// # Errors
+/// [`Error::Blocks`] or [`Error::MatrixBytes`] when the sizes do not fit; [`Error::ScalesApart`] for a format whose
+/// rows are no rows without the scales that lie beside them.
+pub fn encode_row(dtype: DType, x: &[f32], out: &mut [u8]) -> Result<(), Error> {
+    let (cols, name) = (x.len(), dtype.name());
+    let expected = dtype.row_bytes(cols).ok_or(Error::Blocks {
+        rows: 1,
+        cols,
+        dtype: name,
+        block: dtype.block_len(),
+    })?;
+    if out.len() != expected {
+        return Err(Error::MatrixBytes { rows: 1, cols, dtype: name, expected, found: out.len() });
+    }
+    match dtype {
+        DType::F32 => each_value(x, out, f32::to_le_bytes),
+        DType::F16 => each_value(x, out, |v| f32_to_f16(v).to_le_bytes()),
+        DType::BF16 => each_value(x, out, |v| f32_to_bf16(v).to_le_bytes()),
+        DType::F8E4M3 => return Err(Error::ScalesApart { dtype: name }),
+        DType::Q8_0 => each_values(x, out, plain::encode_q8_0),
+        DType::Q4_0 => each_values(x, out, plain::encode_q4_0),
+        DType::Q4_1 => each_values(x, out, plain::encode_q4_1),
+        DType::Q5_0 => each_values(x, out, plain::encode_q5_0),
+        DType::Q5_1 => each_values(x, out, plain::encode_q5_1),
+        DType::Q2K => each_values(x, out, k_quants::encode_q2_k),
+        DType::Q3K => each_values(x, out, k_quants::encode_q3_k),
+        DType::Q4K => each_values(x, out, k_quants::encode_q4_k),
+        DType::Q5K => each_values(x, out, k_quants::encode_q5_k),
+        DType::Q6K => each_values(x, out, k_quants::encode_q6_k),
+        DType::IQ4_NL => each_values(x, out, tables::encode_iq4_nl),
+        DType::IQ4_XS => each_values(x, out, tables::encode_iq4_xs),
+        DType::MXFP4 => each_values(x, out, tables::encode_mxfp4),
+    }
+    Ok(())
 }
 
 fn each_block<const B: usize, const N: usize>(
     bytes: &[u8],
     out: &mut [f32],
-    decode: fn(&[u8; B], &mut [f32; N]),
+    decode: impl Fn(&[u8; B], &mut [f32; N]),
 ) {
     let (blocks, _) = bytes.as_chunks::<B>();
     let (out, _) = out.as_chunks_mut::<N>();
@@ -27,223 +86,175 @@ fn each_block<const B: usize, const N: usize>(
     }
 }
 
+fn each_values<const B: usize, const N: usize>(
+    x: &[f32],
+    out: &mut [u8],
+    encode: impl Fn(&[f32; N], &mut [u8; B]),
+) {
+    let (x, _) = x.as_chunks::<N>();
+    let (out, _) = out.as_chunks_mut::<B>();
+    for (x, out) in x.iter().zip(out) {
+        encode(x, out);
+    }
+}
+
+fn each_value<const B: usize>(x: &[f32], out: &mut [u8], encode: impl Fn(f32) -> [u8; B]) {
+    for (&v, out) in x.iter().zip(out.as_chunks_mut::<B>().0) {
+        *out = encode(v);
+    }
+}
+
 fn half(bytes: &[u8], at: usize) -> f32 {
     f16_to_f32(u16::from_le_bytes([bytes[at], bytes[at + 1]]))
 }
 
+fn word(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+/// Writes the half nearest to `x` and gives it back. What is too large becomes the largest: infinity times a code of
+/// zero would be no number.
 fn put_half(bytes: &mut [u8], at: usize, x: f32) -> f32 {
-    let bits = f32_to_f16(x);
+    let bits = f32_to_f16(x.clamp(-65504.0, 65504.0));
     bytes[at..at + 2].copy_from_slice(&bits.to_le_bytes());
     f16_to_f32(bits)
 }
 
-/// `d: f16, q: [i8; 32]`; `w = d * q`.
-pub fn decode_q8_0(b: &[u8; 34], out: &mut [f32; 32]) {
-    let d = half(b, 0);
-    for (o, &q) in out.iter_mut().zip(&b[2..]) {
-        *o = d * f32::from(q.cast_signed());
-    }
+/// The scale of signed factors that gives the largest magnitude of `scales` the factor `low`.
+fn factor_unit(scales: &[f32], low: f32) -> f32 {
+    fit::extreme(scales) / low
 }
 
-/// The largest magnitude becomes 127.
-pub fn encode_q8_0(x: &[f32; 32], b: &mut [u8; 34]) {
-    let d = x.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0;
-    let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
-    put_half(b, 0, d);
-    for (q, &v) in b[2..].iter_mut().zip(x) {
-        *q = ((v * inverse).round() as i8).cast_unsigned();
-    }
-}
-
-/// `d: f16, q: [u8; 16]`, low nibbles are elements 0..16, high nibbles 16..32; `w = d * (q - 8)`.
-pub fn decode_q4_0(b: &[u8; 18], out: &mut [f32; 32]) {
-    let d = half(b, 0);
-    for (i, &q) in b[2..].iter().enumerate() {
-        out[i] = d * (f32::from(q & 15) - 8.0);
-        out[i + 16] = d * (f32::from(q >> 4) - 8.0);
-    }
-}
-
-/// The value of the largest magnitude becomes -8.
-pub fn encode_q4_0(x: &[f32; 32], b: &mut [u8; 18]) {
-    let extreme = x.iter().fold(0.0f32, |m, &v| if v.abs() > m.abs() { v } else { m });
-    let d = extreme / -8.0;
-    let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
-    put_half(b, 0, d);
-    let code = |v: f32| ((v * inverse + 8.5) as u8).min(15);
-    for i in 0..16 {
-        b[2 + i] = code(x[i]) | code(x[i + 16]) << 4;
-    }
-}
-
-/// Scale and minimum factors (6 bits each) of sub-block `j` out of the 12 bytes that hold eight of each.
-fn factors_q4_k(s: &[u8], j: usize) -> (u8, u8) {
-    if j < 4 {
-        (s[j] & 63, s[j + 4] & 63)
-    } else {
-        ((s[j + 4] & 15) | (s[j - 4] >> 6) << 4, (s[j + 4] >> 4) | (s[j] >> 6) << 4)
-    }
-}
-
-/// `d: f16, dmin: f16, factors: [u8; 12], q: [u8; 128]`: eight sub-blocks of 32, two to each 32 bytes, the even one in
-/// the low nibbles; `w = d * scale * q - dmin * min`.
-pub fn decode_q4_k(b: &[u8; 144], out: &mut [f32; 256]) {
-    let (d, dmin) = (half(b, 0), half(b, 2));
-    for (j, out) in out.chunks_exact_mut(32).enumerate() {
-        let (scale, min) = factors_q4_k(&b[4..16], j);
-        let (d, min) = (d * f32::from(scale), dmin * f32::from(min));
-        for (o, &q) in out.iter_mut().zip(&b[16 + j / 2 * 32..]) {
-            *o = d * f32::from((q >> (j % 2 * 4)) & 15) - min;
-        }
-    }
-}
-
-/// Each sub-block gets the scale and the minimum with the smallest squared error of a few candidates.
-pub fn encode_q4_k(x: &[f32; 256], b: &mut [u8; 144]) {
-    let fits: [Fit; 8] = std::array::from_fn(|j| Fit::best(&x[j * 32..][..32], 15.0));
-    let largest = |of: fn(&Fit) -> f32| fits.iter().map(of).fold(0.0, f32::max);
-    b.fill(0);
-    let d = put_half(b, 0, largest(|f| f.scale) / 63.0);
-    let dmin = put_half(b, 2, largest(|f| f.min) / 63.0);
-    let factor = |v: f32, d: f32| if d == 0.0 { 0 } else { (v / d).round().clamp(0.0, 63.0) as u8 };
-    for (j, fit) in fits.iter().enumerate() {
-        let (scale, min) = (factor(fit.scale, d), factor(fit.min, dmin));
-        let s = &mut b[4..16];
-        if j < 4 {
-            s[j] |= scale;
-            s[j + 4] |= min;
-        } else {
-            s[j + 4] |= (scale & 15) | min << 4;
-            s[j - 4] |= scale >> 4 << 6;
-            s[j] |= min >> 4 << 6;
-        }
-        let (step, min) = (d * f32::from(scale), dmin * f32::from(min));
-        for (i, &v) in x[j * 32..][..32].iter().enumerate() {
-            let q = if step == 0.0 { 0.0 } else { ((v + min) / step).round().clamp(0.0, 15.0) };
-            b[16 + j / 2 * 32 + i] |= (q as u8) << (j % 2 * 4);
-        }
-    }
-}
-
-/// `x = scale * q - min` for whole q from 0 on; neither is negative.
-#[derive(Clone, Copy)]
-struct Fit {
-    scale: f32,
-    min: f32,
-    error: f32,
-}
-
-impl Fit {
-    fn best(x: &[f32], q_max: f32) -> Self {
-        let low = x.iter().copied().fold(0.0, f32::min);
-        let high = x.iter().copied().fold(low, f32::max);
-        let plain = Self { scale: (high - low) / q_max, min: -low, error: f32::INFINITY }.measured(x, q_max);
-        if plain.scale == 0.0 {
-            return plain;
-        }
-        let mut best = plain;
-        // Trial scales around the one that spans the range; each is refined by least squares for its own codes.
-        for i in -8i8..=12 {
-            let scale = (high - low) / (q_max + 0.1 * f32::from(i));
-            let trial = Self { scale, min: -low, error: 0.0 }.refined(x, q_max).measured(x, q_max);
-            if trial.error < best.error {
-                best = trial;
+/// Whole factors of `-low..low` for `scales`: the best of the nearest one and its neighbours, by the error that
+/// `error(i, factor * d)` gives for the i-th.
+fn round_factors<const N: usize>(
+    scales: &[f32; N],
+    d: f32,
+    low: f32,
+    error: impl Fn(usize, f32) -> f32,
+) -> [f32; N] {
+    let inverse = fit::inverse(d);
+    std::array::from_fn(|i| {
+        let near = fit::round_within(scales[i] * inverse, -low, low - 1.0);
+        let (mut best, mut least) = (0.0, f32::INFINITY);
+        for factor in [near, near - 1.0, near + 1.0] {
+            let factor = factor.clamp(-low, low - 1.0);
+            let error = error(i, factor * d);
+            if error < least {
+                (best, least) = (factor, error);
             }
         }
         best
-    }
-
-    fn code(&self, v: f32, q_max: f32) -> f32 {
-        ((v + self.min) / self.scale).round().clamp(0.0, q_max)
-    }
-
-    /// The least-squares line through (code, value).
-    fn refined(self, x: &[f32], q_max: f32) -> Self {
-        let n = x.len() as f32;
-        let (mut q1, mut q2, mut v1, mut qv) = (0.0, 0.0, 0.0, 0.0);
-        for &v in x {
-            let q = self.code(v, q_max);
-            q1 += q;
-            q2 += q * q;
-            v1 += v;
-            qv += q * v;
-        }
-        let det = n * q2 - q1 * q1;
-        if det <= 0.0 {
-            return self;
-        }
-        let scale = (n * qv - q1 * v1) / det;
-        let min = -(v1 - scale * q1) / n;
-        if scale <= 0.0 {
-            return self;
-        }
-        if min < 0.0 {
-            return Self { scale: qv / q2, min: 0.0, ..self };
-        }
-        Self { scale, min, ..self }
-    }
-
-    fn measured(self, x: &[f32], q_max: f32) -> Self {
-        let error = |&v: &f32| {
-            let q = if self.scale == 0.0 { 0.0 } else { self.code(v, q_max) };
-            let e = self.scale * q - self.min - v;
-            e * e
-        };
-        Self { error: x.iter().map(error).sum(), ..self }
-    }
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
     use super::*;
     use crate::conformance::Random;
 
-    fn relative_error<const N: usize, const B: usize>(
-        encode: fn(&[f32; N], &mut [u8; B]),
-        decode: fn(&[u8; B], &mut [f32; N]),
-    ) -> f64 {
-        let mut random = Random::new(7);
-        let (mut error, mut norm) = (0.0, 0.0);
-        for _ in 0..200 {
-            let x: [f32; N] = std::array::from_fn(|_| random.normal());
-            let (mut block, mut y) = ([0; B], [0.0; N]);
-            encode(&x, &mut block);
-            decode(&block, &mut y);
-            for (x, y) in x.iter().zip(y) {
-                error += f64::from(x - y).powi(2);
-                norm += f64::from(*x).powi(2);
-            }
-        }
-        (error / norm).sqrt()
+    fn round_trip(dtype: DType, x: &[f32]) -> Vec<f32> {
+        let mut bytes = vec![0xaa; dtype.row_bytes(x.len()).unwrap()];
+        encode_row(dtype, x, &mut bytes).unwrap();
+        let mut y = vec![0.0; x.len()];
+        decode_row(dtype, &bytes, &mut y);
+        y
     }
+
+    fn relative_error(dtype: DType, x: &[f32]) -> f64 {
+        let y = round_trip(dtype, x);
+        let square = |v: f64| v * v;
+        let error: f64 = x.iter().zip(&y).map(|(x, y)| square(f64::from(x - y))).sum();
+        (error / x.iter().map(|x| square((*x).into())).sum::<f64>()).sqrt()
+    }
+
+    /// The formats with blocks, and the relative error that normal values may come back with.
+    const BOUNDS: [(DType, f64); 13] = [
+        (DType::Q8_0, 0.0055),
+        (DType::Q4_0, 0.0800),
+        (DType::Q4_1, 0.0710),
+        (DType::Q5_0, 0.0400),
+        (DType::Q5_1, 0.0345),
+        (DType::Q2K, 0.2650),
+        (DType::Q3K, 0.1450),
+        (DType::Q4K, 0.0710),
+        (DType::Q5K, 0.0350),
+        (DType::Q6K, 0.0175),
+        (DType::IQ4_NL, 0.0745),
+        (DType::IQ4_XS, 0.0750),
+        (DType::MXFP4, 0.1150),
+    ];
 
     #[test]
     fn blocks_keep_what_their_bits_can() {
-        assert!(relative_error(encode_q8_0, decode_q8_0) < 0.006);
-        assert!(relative_error(encode_q4_0, decode_q4_0) < 0.095);
-        assert!(relative_error(encode_q4_k, decode_q4_k) < 0.080);
+        let x = Random::new(7).normals(256 * 200);
+        for (dtype, bound) in BOUNDS {
+            let error = relative_error(dtype, &x);
+            assert!(error < bound && error > bound / 2.0, "{dtype}: {error}, bound {bound}");
+        }
+    }
+
+    /// Values that are not centred, of sizes at either end of a half.
+    #[test]
+    fn sizes_and_offsets_do_not_matter_much() {
+        let x = Random::new(8).normals(256 * 8);
+        for (dtype, bound) in BOUNDS {
+            for scale in [1e-3, 1.0, 3e3] {
+                let x: Vec<f32> = x.iter().map(|v| (v + 0.7) * scale).collect();
+                let error = relative_error(dtype, &x);
+                assert!(error < 1.2 * bound, "{dtype} times {scale}: {error}, bound {bound}");
+            }
+        }
     }
 
     #[test]
     fn zeros_stay_zero() {
-        let mut block = [1; 144];
-        encode_q4_k(&[0.0; 256], &mut block);
-        let mut y = [1.0; 256];
-        decode_q4_k(&block, &mut y);
-        assert!(y.iter().all(|y| *y == 0.0));
+        for (dtype, _) in BOUNDS {
+            assert!(round_trip(dtype, &[0.0; 256]).iter().all(|y| *y == 0.0), "{dtype}");
+        }
+    }
+
+    /// A sub-block that is much smaller than the others, one value alone, all values the same.
+    #[test]
+    fn uneven_blocks_come_back() {
+        let uneven: Vec<f32> = (0..256).map(|i| (i / 32 + 1) as f32 * ((i % 16) as f32 - 5.0)).collect();
+        let alone: Vec<f32> = (0..256).map(|i| if i == 77 { -3.0 } else { 0.0 }).collect();
+        let same = vec![0.37; 256];
+        for (dtype, bound) in BOUNDS {
+            for x in [&uneven, &alone, &same] {
+                let error = relative_error(dtype, x);
+                assert!(error < 1.5 * bound, "{dtype}: {error}, bound {bound}");
+            }
+        }
     }
 
     #[test]
-    fn factors_come_back_as_they_were_put() {
-        let mut x = [0.0; 256];
-        for (i, v) in x.iter_mut().enumerate() {
-            *v = (i / 32 + 1) as f32 * ((i % 16) as f32 - 5.0);
+    fn values_of_no_size_do_no_harm() {
+        let mut random = Random::new(9);
+        for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN, 1e-40] {
+            for all in [false, true] {
+                let x: Vec<f32> =
+                    (0..256).map(|i| if all || i == 100 { odd } else { random.normal() }).collect();
+                for (dtype, _) in BOUNDS {
+                    let y = round_trip(dtype, &x);
+                    let finite = x.iter().all(|v| v.is_finite());
+                    assert!(!finite || y.iter().all(|y| y.is_finite()), "{dtype} {odd} {all}");
+                }
+            }
         }
-        let (mut block, mut y) = ([0; 144], [0.0; 256]);
-        encode_q4_k(&x, &mut block);
-        decode_q4_k(&block, &mut y);
-        for (x, y) in x.iter().zip(y) {
-            assert!((x - y).abs() < 0.7, "{x} {y}");
-        }
+    }
+
+    #[test]
+    fn rows_that_do_not_fit_are_refused() {
+        let blocks = encode_row(DType::Q4K, &[0.0; 255], &mut [0; 144]).unwrap_err();
+        assert_eq!(blocks, Error::Blocks { rows: 1, cols: 255, dtype: "Q4_K", block: 256 });
+        let bytes = encode_row(DType::Q4_0, &[0.0; 32], &mut [0; 17]).unwrap_err();
+        assert_eq!(bytes, Error::MatrixBytes { rows: 1, cols: 32, dtype: "Q4_0", expected: 18, found: 17 });
+        let apart = encode_row(DType::F8E4M3, &[0.0; 2], &mut [0; 2]).unwrap_err();
+        assert_eq!(apart, Error::ScalesApart { dtype: "F8_E4M3" });
+        let mut out = [0; 4];
+        encode_row(DType::BF16, &[1.0, -2.0], &mut out).unwrap();
+        assert_eq!(out, [0x80, 0x3f, 0x00, 0xc0]);
     }
 }

@@ -18,8 +18,28 @@ pub enum DType {
     Q8_0,
     /// GGUF: blocks of 32, a half as scale and nibbles around 8.
     Q4_0,
+    /// GGUF: blocks of 32, two halves as scale and minimum, nibbles.
+    Q4_1,
+    /// GGUF: blocks of 32, a half as scale, a word of fifth bits and nibbles, around 16.
+    Q5_0,
+    /// GGUF: blocks of 32, two halves as scale and minimum, a word of fifth bits and nibbles.
+    Q5_1,
+    /// GGUF: super-blocks of 256, two halves, sixteen 4-bit scales and minima, 2-bit codes.
+    Q2K,
+    /// GGUF: super-blocks of 256, a half, sixteen 6-bit scales, 3-bit codes around 4.
+    Q3K,
     /// GGUF: super-blocks of 256, two halves, eight 6-bit scales and minima, nibbles.
     Q4K,
+    /// GGUF: super-blocks of 256, as Q4_K with 5-bit codes.
+    Q5K,
+    /// GGUF: super-blocks of 256, a half, sixteen signed bytes as scales, 6-bit codes around 32.
+    Q6K,
+    /// GGUF: blocks of 32, a half as scale, nibbles into a table of sixteen values.
+    IQ4_NL,
+    /// GGUF: super-blocks of 256, a half, eight 6-bit scales, nibbles into the table of IQ4_NL.
+    IQ4_XS,
+    /// OCP MX FP4: blocks of 32, a power of two as scale, E2M1 nibbles.
+    MXFP4,
 }
 
 /// Edge of an FP8 scale block, in elements.
@@ -27,27 +47,54 @@ pub const FP8_BLOCK: usize = 128;
 
 impl DType {
     /// Every format, for tests that walk them all.
-    pub const ALL: [DType; 7] =
-        [DType::F32, DType::F16, DType::BF16, DType::F8E4M3, DType::Q8_0, DType::Q4_0, DType::Q4K];
+    pub const ALL: [DType; 17] = [
+        DType::F32,
+        DType::F16,
+        DType::BF16,
+        DType::F8E4M3,
+        DType::Q8_0,
+        DType::Q4_0,
+        DType::Q4_1,
+        DType::Q5_0,
+        DType::Q5_1,
+        DType::Q2K,
+        DType::Q3K,
+        DType::Q4K,
+        DType::Q5K,
+        DType::Q6K,
+        DType::IQ4_NL,
+        DType::IQ4_XS,
+        DType::MXFP4,
+    ];
 
     /// Elements of one block: what a row is a whole number of.
     pub const fn block_len(self) -> usize {
-        match self {
-            DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3 => 1,
-            DType::Q8_0 | DType::Q4_0 => 32,
-            DType::Q4K => 256,
-        }
+        self.block().0
     }
 
     /// Bytes of one block.
     pub const fn block_bytes(self) -> usize {
+        self.block().1
+    }
+
+    /// Elements and bytes of one block.
+    const fn block(self) -> (usize, usize) {
         match self {
-            DType::F32 => 4,
-            DType::F16 | DType::BF16 => 2,
-            DType::F8E4M3 => 1,
-            DType::Q8_0 => 34,
-            DType::Q4_0 => 18,
-            DType::Q4K => 144,
+            DType::F32 => (1, 4),
+            DType::F16 | DType::BF16 => (1, 2),
+            DType::F8E4M3 => (1, 1),
+            DType::Q8_0 => (32, 34),
+            DType::Q4_0 | DType::IQ4_NL => (32, 18),
+            DType::Q4_1 => (32, 20),
+            DType::Q5_0 => (32, 22),
+            DType::Q5_1 => (32, 24),
+            DType::Q2K => (256, 84),
+            DType::Q3K => (256, 110),
+            DType::Q4K => (256, 144),
+            DType::Q5K => (256, 176),
+            DType::Q6K => (256, 210),
+            DType::IQ4_XS => (256, 136),
+            DType::MXFP4 => (32, 17),
         }
     }
 
@@ -68,7 +115,17 @@ impl DType {
             DType::F8E4M3 => "F8_E4M3",
             DType::Q8_0 => "Q8_0",
             DType::Q4_0 => "Q4_0",
+            DType::Q4_1 => "Q4_1",
+            DType::Q5_0 => "Q5_0",
+            DType::Q5_1 => "Q5_1",
+            DType::Q2K => "Q2_K",
+            DType::Q3K => "Q3_K",
             DType::Q4K => "Q4_K",
+            DType::Q5K => "Q5_K",
+            DType::Q6K => "Q6_K",
+            DType::IQ4_NL => "IQ4_NL",
+            DType::IQ4_XS => "IQ4_XS",
+            DType::MXFP4 => "MXFP4",
         }
     }
 }

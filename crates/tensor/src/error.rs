@@ -31,6 +31,12 @@ pub enum Error {
         /// Elements of a block.
         block: usize,
     },
+    /// A row that cannot be written alone.
+    #[error("{dtype}: a row cannot be encoded alone, its scales lie beside the matrix")]
+    ScalesApart {
+        /// Name of the storage format.
+        dtype: &'static str,
+    },
     /// Block scales whose grid does not fit the matrix.
     #[error("matrix {rows}x{cols}: expected {expected} block scales, found {found}")]
     ScaleGrid {

@@ -177,7 +177,7 @@ impl HostMatrix {
                     }
                 }
             }
-            DType::Q8_0 | DType::Q4_0 | DType::Q4K => blocks::decode_row(self.dtype, bytes, out),
+            _ => blocks::decode_row(self.dtype, bytes, out),
         }
     }
 }

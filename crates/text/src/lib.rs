@@ -9,6 +9,7 @@ mod stop;
 mod template;
 mod tokenizer;
 mod vocabulary;
+mod written;
 
 pub use detokenizer::Detokenizer;
 pub use error::Error;
@@ -18,3 +19,4 @@ pub use stop::{StopOutcome, StopStrings};
 pub use template::{ChatTemplate, OUTPUT_BYTES_MAX, SOURCE_BYTES_MAX};
 pub use tokenizer::{ControlTokens, Tokenizer};
 pub use vocabulary::Vocabulary;
+pub use written::WrittenVocabulary;

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use aho_corasick::{AhoCorasick, MatchKind};
 use serde::Deserialize;
 use serde_json::Value;
+use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _};
 
 use crate::{Error, messages::unguard, vocabulary::Vocabulary};
 
@@ -192,6 +193,16 @@ impl Tokenizer {
     /// Texts of all added tokens.
     pub fn added_tokens(&self) -> impl Iterator<Item = &str> {
         self.added.iter().map(|a| a.content.as_str())
+    }
+
+    /// The words that a text is cut into before tokens are merged.
+    pub(crate) fn words(&self, text: &str) -> Result<Vec<String>, Error> {
+        let mut cut = PreTokenizedString::from(text);
+        if let Some(rules) = self.bpe.get_pre_tokenizer() {
+            rules.pre_tokenize(&mut cut).map_err(|e| Error::Encode(e.to_string()))?;
+        }
+        let words = cut.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        Ok(words.into_iter().map(|(word, ..)| word.to_string()).collect())
     }
 
     pub(crate) fn matcher(&self) -> Option<&AhoCorasick> {

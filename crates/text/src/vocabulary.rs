@@ -13,7 +13,7 @@ use tokenizers::{
     tokenizer::SplitDelimiterBehavior,
 };
 
-use crate::tokenizer::Added;
+use crate::{Error, tokenizer::Added};
 
 /// What a GGUF file holds under `tokenizer.ggml`.
 #[derive(Debug, Clone, Default)]
@@ -37,13 +37,25 @@ pub struct Vocabulary<'a> {
 }
 
 /// Token types.
-const NORMAL: i64 = 1;
+pub(crate) const NORMAL: i64 = 1;
 const UNKNOWN: i64 = 2;
-const CONTROL: i64 = 3;
-const USER_DEFINED: i64 = 4;
-const UNUSED: i64 = 5;
+pub(crate) const CONTROL: i64 = 3;
+pub(crate) const USER_DEFINED: i64 = 4;
+pub(crate) const UNUSED: i64 = 5;
+
+/// The names of the rules that are known.
+pub(crate) const PRE_NAMES: [&str; 5] = ["deepseek-v3", "deepseek-llm", "deepseek-coder", "kimi-k2", "glm4"];
 
 impl Vocabulary<'_> {
+    /// The rules called `pre` as `tokenizer.json` has them.
+    ///
+    /// # Errors
+    /// [`Error::Vocabulary`] when there are none of this name.
+    pub fn rules_json(pre: &str) -> Result<serde_json::Value, Error> {
+        let rules = Rules::of(pre).and_then(|r| r.pre_tokenizer()).map_err(Error::Vocabulary)?;
+        serde_json::to_value(rules).map_err(|e| Error::Vocabulary(e.to_string()))
+    }
+
     pub(crate) fn build(&self) -> Result<(tokenizers::Tokenizer, Vec<Added>), String> {
         if self.model != "gpt2" {
             return Err(format!("model: found {:?}, supported is gpt2, byte-level BPE", self.model));

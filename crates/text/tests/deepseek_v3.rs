@@ -3,14 +3,12 @@
 //! Its files are not in the repository: `scripts/fetch-tokenizer.sh` fetches them and writes the strings to compare.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-mod common;
-
 use std::{
     path::{Path, PathBuf},
     sync::{Arc, LazyLock},
 };
 
-use oxseek_text::{ControlTokens, Detokenizer, Tokenizer};
+use oxseek_text::{ControlTokens, Detokenizer, Tokenizer, WrittenVocabulary};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -51,8 +49,11 @@ fn difference(Vector { text, ids }: &Vector) -> Option<String> {
 
 /// The same as a GGUF file has it.
 static FROM_GGUF: LazyLock<Tokenizer> = LazyLock::new(|| {
-    let written = common::Written::from_json(&fetched("tokenizer-deepseek_v3/tokenizer.json"), 129_280);
-    Tokenizer::from_vocabulary(&written.vocabulary("deepseek-v3")).unwrap()
+    let json = fetched("tokenizer-deepseek_v3/tokenizer.json");
+    let config = fetched("tokenizer-deepseek_v3/tokenizer_config.json");
+    let written = WrittenVocabulary::new(&json, Some(&config), 129_280).unwrap();
+    assert_eq!(written.pre, "deepseek-v3");
+    Tokenizer::from_vocabulary(&written.vocabulary(written.pre)).unwrap()
 });
 
 fn check(vectors: &[Vector]) {

@@ -1,20 +1,17 @@
 //! Tokenizers of GGUF files: the same as those of `tokenizer.json`, and what is refused.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-mod common;
-
 use std::path::Path;
 
-use common::Written;
-use oxseek_text::{ControlTokens, Tokenizer, Vocabulary};
+use oxseek_text::{ControlTokens, Tokenizer, Vocabulary, WrittenVocabulary};
 use proptest::prelude::*;
 
 fn file(name: &str) -> Vec<u8> {
     std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/oxseek-demo").join(name)).unwrap()
 }
 
-fn demo() -> Written {
-    Written::from_json(&file("tokenizer.json"), 4096)
+fn demo() -> WrittenVocabulary {
+    WrittenVocabulary::new(&file("tokenizer.json"), Some(&file("tokenizer_config.json")), 4096).unwrap()
 }
 
 /// The demo model's tokenizer from its folder and from its GGUF file.
@@ -22,8 +19,22 @@ fn both() -> &'static (Tokenizer, Tokenizer) {
     static ONCE: std::sync::OnceLock<(Tokenizer, Tokenizer)> = std::sync::OnceLock::new();
     ONCE.get_or_init(|| {
         let json = Tokenizer::from_bytes(&file("tokenizer.json"), Some(&file("tokenizer_config.json")));
-        (json.unwrap(), Tokenizer::from_vocabulary(&demo().vocabulary("deepseek-v3")).unwrap())
+        (json.unwrap(), Tokenizer::from_vocabulary(&demo().vocabulary(demo().pre)).unwrap())
     })
+}
+
+#[test]
+fn the_rules_are_found_by_what_they_do() {
+    assert_eq!(demo().pre, "deepseek-v3");
+    let mut json: serde_json::Value = serde_json::from_slice(&file("tokenizer.json")).unwrap();
+    json["pre_tokenizer"] = serde_json::json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,
+    });
+    let other = json.to_string();
+    let Err(e) = WrittenVocabulary::new(other.as_bytes(), None, 4096) else { panic!("accepted") };
+    assert!(e.to_string().contains("none of the ways that GGUF files name: deepseek-v3"), "{e}");
+    let Err(e) = WrittenVocabulary::new(&file("tokenizer.json"), None, 300) else { panic!("accepted") };
+    assert!(e.to_string().contains("the model has 300 tokens"), "{e}");
 }
 
 #[test]

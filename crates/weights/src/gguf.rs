@@ -1,8 +1,10 @@
 //! GGUF: the container of llama.cpp. A model is one file, or several parts called `NAME-00001-of-00003.gguf`.
 
 mod config;
+mod describe;
 mod kinds;
 mod latent;
+mod layout;
 mod names;
 pub(crate) mod parts;
 mod reader;
@@ -14,7 +16,9 @@ use std::{collections::HashMap, path::Path};
 use oxseek_tensor::{ByteRegion, HostMatrix};
 
 pub use self::{
+    describe::describe,
     kinds::GgmlType,
+    layout::{Slot, Source, layout},
     value::{Array, Value, ValueKind},
     writer::{GgufBody, GgufWriter},
 };
@@ -108,6 +112,17 @@ impl Gguf {
     /// All tensors, part by part, by name.
     pub fn tensors(&self) -> impl Iterator<Item = GgufTensor<'_>> {
         self.parts.iter().flat_map(|p| p.tensors.iter().map(move |(name, e)| view(p, name, e)))
+    }
+
+    /// The tensor `name` as a matrix, its outer sizes taken together; a vector is one row.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when there is none, or its type is one that cannot be read.
+    pub fn rows_of(&self, name: &str) -> Result<HostMatrix, Error> {
+        let (_, entry) = self.entry(name).ok_or_else(|| self.missing(name, &[]))?;
+        let cols = entry.shape.last().copied().unwrap_or(1);
+        let rows = entry.shape.iter().rev().skip(1).product();
+        self.slab(name, &entry.shape, 0, (rows, cols))
     }
 
     /// What the model calls a tensor of the file: its name in a Hugging Face checkpoint, as far as there is one.

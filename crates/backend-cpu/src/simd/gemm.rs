@@ -142,7 +142,7 @@ pub(super) unsafe fn gemm<S: Simd>(g: &Gemm<'_>) {
             DType::F16 => decoded_or_direct::<S, F16>(g),
             DType::BF16 => decoded_or_direct::<S, Bf16>(g),
             DType::F8E4M3 => decoded_or_direct::<S, E4m3>(g),
-            DType::Q8_0 | DType::Q4_0 | DType::Q4K => {
+            _ => {
                 decoded::<S>(g, |row, out| decode_blocks(&g.w, row, out));
             }
         }
@@ -306,7 +306,7 @@ pub(super) unsafe fn decode_row<S: Simd>(w: &WeightRef, row: usize, out: *mut f3
             DType::F16 => decode::<S, F16>(w, row, out),
             DType::BF16 => decode::<S, Bf16>(w, row, out),
             DType::F8E4M3 => decode::<S, E4m3>(w, row, out),
-            DType::Q8_0 | DType::Q4_0 | DType::Q4K => decode_blocks(w, row, out),
+            _ => decode_blocks(w, row, out),
         }
     }
 }
@@ -332,7 +332,7 @@ pub(super) unsafe fn weighted_sum<S: Simd>(
             DType::F16 => weighted_columns::<S, F16>(w, first, p, n, out, row),
             DType::BF16 => weighted_columns::<S, Bf16>(w, first, p, n, out, row),
             DType::F8E4M3 => weighted_columns::<S, E4m3>(w, first, p, n, out, row),
-            DType::Q8_0 | DType::Q4_0 | DType::Q4K => {
+            _ => {
                 std::slice::from_raw_parts_mut(out, w.cols).fill(0.0);
                 for j in 0..n {
                     decode_blocks(w, first + j, row);

@@ -56,10 +56,7 @@ impl Random {
             DType::F16 => values.flat_map(|v| f32_to_f16(v).to_le_bytes()).collect(),
             DType::BF16 => values.flat_map(|v| f32_to_bf16(v).to_le_bytes()).collect(),
             DType::F8E4M3 => values.map(|v| f32_to_e4m3(v * 100.0)).collect(),
-            // Divided by about the deviation of the whole numbers that the random codes stand for.
-            DType::Q8_0 => self.blocks(blocks, 34, &[scale / 74.0]),
-            DType::Q4_0 => self.blocks(blocks, 18, &[scale / 4.6]),
-            DType::Q4K => self.blocks(blocks, 144, &[scale / 330.0, scale / 44.0]),
+            _ => self.blocks(dtype, blocks, scale),
         };
         let scales = (dtype == DType::F8E4M3).then(|| {
             let grid = rows.div_ceil(FP8_BLOCK) * cols.div_ceil(FP8_BLOCK);
@@ -68,14 +65,18 @@ impl Random {
         HostMatrix::new(dtype, rows, cols, ByteRegion::from_vec(bytes), scales)
     }
 
-    /// Blocks of random codes that begin with halves of about these sizes: every code occurs, and none is searched for.
-    fn blocks(&mut self, n: usize, bytes: usize, halves: &[f32]) -> Vec<u8> {
+    /// `n` blocks of random codes whose values deviate by about `scale`: every code occurs, and none is searched for.
+    fn blocks(&mut self, dtype: DType, n: usize, scale: f32) -> Vec<u8> {
+        let len = dtype.block_bytes();
         let mut all: Vec<u8> =
-            (0..(n * bytes).div_ceil(8)).flat_map(|_| self.bits().to_le_bytes()).take(n * bytes).collect();
-        for block in all.chunks_exact_mut(bytes) {
-            for (at, half) in block.chunks_exact_mut(2).zip(halves) {
-                let size = half * (0.5 + self.below(1000) as f32 / 1000.0);
-                at.copy_from_slice(&f32_to_f16(size).to_le_bytes());
+            (0..(n * len).div_ceil(8)).flat_map(|_| self.bits().to_le_bytes()).take(n * len).collect();
+        for block in all.chunks_exact_mut(len) {
+            let size = scale * (0.5 + self.below(1000) as f32 / 1000.0);
+            if dtype == DType::MXFP4 {
+                block[0] = ((size / 2.9).to_bits() >> 23) as u8;
+            }
+            for &(at, divisor) in halves(dtype) {
+                block[at..at + 2].copy_from_slice(&f32_to_f16(size / divisor).to_le_bytes());
             }
         }
         all
@@ -88,5 +89,25 @@ impl Random {
             order.swap(i, self.below(i + 1));
         }
         order
+    }
+}
+
+/// Where a block has halves, and about the deviation of the whole numbers that each is multiplied with. Negative ones
+/// are minima that are added, so that the mean stays near zero.
+fn halves(dtype: DType) -> &'static [(usize, f32)] {
+    match dtype {
+        DType::Q8_0 => &[(0, 74.0)],
+        DType::Q4_0 => &[(0, 4.6)],
+        DType::Q4_1 => &[(0, 4.6), (2, -0.6)],
+        DType::Q5_0 => &[(0, 9.2)],
+        DType::Q5_1 => &[(0, 9.2), (2, -0.6)],
+        DType::Q2K => &[(80, 14.0), (82, 9.0)],
+        DType::Q3K => &[(108, 42.0)],
+        DType::Q4K => &[(0, 330.0), (2, 44.0)],
+        DType::Q5K => &[(0, 660.0), (2, 44.0)],
+        DType::Q6K => &[(208, 1360.0)],
+        DType::IQ4_NL => &[(0, 69.0)],
+        DType::IQ4_XS => &[(0, 1270.0)],
+        DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3 | DType::MXFP4 => &[],
     }
 }

@@ -9,8 +9,8 @@ use crate::{
 };
 
 /// The architecture that V2, V3, R1, Moonlight and Kimi-K2 have in llama.cpp.
-const ARCHITECTURE: &str = "deepseek2";
-const ARCHITECTURE_KEY: &str = "general.architecture";
+pub(super) const ARCHITECTURE: &str = "deepseek2";
+pub(super) const ARCHITECTURE_KEY: &str = "general.architecture";
 
 /// Where the metadata has what `config.json` calls otherwise: for the errors of the checks that both share.
 const KEYS: [(&str, &str); 7] = [

@@ -175,6 +175,6 @@ impl<W: Write> GgufBody<W> {
     }
 }
 
-fn invalid(why: String) -> io::Error {
+pub(super) fn invalid(why: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
 }
