@@ -36,6 +36,7 @@ pub(crate) enum PackedFormat {
     Iq4Nl,
     Iq4Xs,
     Mxfp4,
+    Int4,
 }
 
 /// What activations are rounded to before they meet a format's weights.
@@ -66,6 +67,7 @@ impl PackedFormat {
             DType::IQ4_NL => Some(Self::Iq4Nl),
             DType::IQ4_XS => Some(Self::Iq4Xs),
             DType::MXFP4 => Some(Self::Mxfp4),
+            DType::INT4 => Some(Self::Int4),
         }
     }
 
@@ -88,6 +90,7 @@ impl PackedFormat {
         match self {
             Self::Bf16 => cols.div_ceil(2) * 64,
             Self::E4m3 => self.header_bytes(cols) + cols.div_ceil(RUN) * E4M3_BLOCK_BYTES,
+            Self::Int4 => cols / 32 * 18 * GROUP_ROWS,
             _ => self.blocks().map_or(0, |b| b.group_bytes(cols)),
         }
     }
@@ -163,6 +166,7 @@ pub(crate) fn pack_group(m: &HostMatrix, format: PackedFormat, group: usize, out
     match format {
         PackedFormat::Bf16 => pack_words(&rows, 0, n, out),
         PackedFormat::E4m3 => pack_e4m3(&rows, m, group, out),
+        PackedFormat::Int4 => pack_int4(&rows, m, group, out),
         _ => {
             if let Some(blocks) = format.blocks() {
                 blocks.pack(&rows, out);
@@ -207,6 +211,23 @@ fn pack_e4m3(rows: &[&[u8]; GROUP_ROWS], m: &HostMatrix, group: usize, out: &mut
         for (line, four) in lines.iter_mut().zip(row.chunks(4)) {
             for (i, code) in four.iter().enumerate() {
                 line[at + i / 2 * 8 + i % 2] = *code;
+            }
+        }
+    }
+}
+
+/// Per block the scales of the rows, then the nibbles in the order of Q4_0: byte `i` has columns `i` and `i + 16`.
+fn pack_int4(rows: &[&[u8]; GROUP_ROWS], m: &HostMatrix, group: usize, out: &mut [u8]) {
+    let grid = m.cols() / 32 * 2;
+    let scales = m.group_scales().unwrap_or_default();
+    for (r, row) in rows.iter().enumerate() {
+        let scales = &scales[(group * GROUP_ROWS + r).min(m.rows() - 1) * grid..][..grid];
+        let blocks = row.as_chunks::<16>().0.iter().zip(scales.as_chunks::<2>().0);
+        for (out, (codes, scale)) in out.chunks_exact_mut(18 * GROUP_ROWS).zip(blocks) {
+            out[r * 2..r * 2 + 2].copy_from_slice(scale);
+            for i in 0..16 {
+                let code = |column: usize| codes[column / 2] >> (column % 2 * 4) & 15;
+                out[32 + i / 4 * 64 + r * 4 + i % 4] = code(i) | code(i + 16) << 4;
             }
         }
     }

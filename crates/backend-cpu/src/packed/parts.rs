@@ -30,10 +30,10 @@ pub(super) struct Blocks {
 }
 
 impl PackedFormat {
-    /// `None` for formats without blocks.
+    /// `None` for formats without blocks, or whose scales lie apart.
     pub(super) fn blocks(self) -> Option<Blocks> {
         let (cols, bytes, parts): (_, _, &[Part]) = match self {
-            Self::Bf16 | Self::E4m3 => return None,
+            Self::Bf16 | Self::E4m3 | Self::Int4 => return None,
             Self::Q8_0 => (32, 34, &[Half(0), Unsigned(2, 32)]),
             Self::Q4_0 | Self::Iq4Nl => (32, 18, &[Half(0), Words(2, 16)]),
             Self::Q4_1 => (32, 20, &[Half(0), Negated(2), Words(4, 16)]),

@@ -166,6 +166,7 @@ pub(super) unsafe fn panel_gemm<P: Panel>(g: &PanelGemm<'_>) {
             PackedFormat::Iq4Nl => tiles::<P, block::Tile<tables::Iq4Nl>>(g),
             PackedFormat::Iq4Xs => tiles::<P, block::Tile<tables::Iq4Xs>>(g),
             PackedFormat::Mxfp4 => tiles::<P, block::Tile<tables::Mxfp4>>(g),
+            PackedFormat::Int4 => tiles::<P, block::Tile<small_blocks::Int4>>(g),
         }
     }
 }

@@ -9,6 +9,9 @@ pub(super) struct Q5_0;
 /// 16 scales and 16 minima, a unit of fifth bits, 4 units of nibbles.
 pub(super) struct Q5_1;
 
+/// 16 scales in BF16, then 4 units of nibbles as in Q4_0.
+pub(super) struct Int4;
+
 /// Unit `unit` out of 4 units at `at`: the low nibbles are units 0..4, the high ones units 4..8.
 ///
 /// # Safety
@@ -93,5 +96,23 @@ impl<P: Panel> Block<P> for Q5_1 {
     unsafe fn min(at: *const u8, _: usize) -> P::F {
         // SAFETY: as above.
         unsafe { P::load_f16(at.add(32)) }
+    }
+}
+
+impl<P: Panel> Block<P> for Int4 {
+    const ZERO_SHIFT: Option<u32> = Some(3);
+    #[inline(always)]
+    unsafe fn at(group: *const u8, b: usize) -> *const u8 {
+        group.wrapping_add(b * 288)
+    }
+    #[inline(always)]
+    unsafe fn unit(at: *const u8, _: usize, unit: usize) -> P::U {
+        // SAFETY: unit < 8.
+        unsafe { nibbles::<P>(at.add(32), unit) }
+    }
+    #[inline(always)]
+    unsafe fn scale(at: *const u8, _: usize) -> P::F {
+        // SAFETY: 32 bytes of BF16.
+        unsafe { P::load_bf16_values(at) }
     }
 }
