@@ -40,7 +40,7 @@ pub enum DType {
     IQ4_XS,
     /// OCP MX FP4: blocks of 32, a power of two as scale, E2M1 nibbles.
     MXFP4,
-    /// compressed-tensors "pack-quantized": blocks of 32, nibbles around 8; a BF16 scale per block lies beside the matrix.
+    /// compressed-tensors "pack-quantized": blocks of 32, nibbles around 8; a BF16 scale per block lies beside them.
     INT4,
 }
 

@@ -2,7 +2,7 @@
 
 use super::{Panel, block::Block};
 
-/// 16 scales, 16 minima, four words of sixteen factors (low nibble scale, high nibble minimum), 16 units of 2-bit codes.
+/// 16 scales, 16 minima, four words of sixteen factors (low nibble scale, high one minimum), 16 units of 2-bit codes.
 pub(super) struct Q2K;
 /// 16 scales, three words of sixteen 6-bit factors, 8 units of third bits, 16 units of 2-bit codes.
 pub(super) struct Q3K;
