@@ -9,6 +9,8 @@ use oxseek_tensor::{DType, Error, HostMatrix, dtype::e4m3_to_f32};
 
 use crate::huge::{Arena, HugeBytes};
 
+mod parts;
+
 /// Rows of a group.
 pub(crate) const GROUP_ROWS: usize = 16;
 /// Columns that share a scale of FP8 weights or of 8-bit activations.
@@ -23,7 +25,18 @@ pub(crate) enum PackedFormat {
     E4m3,
     Q8_0,
     Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q2K,
+    Q3K,
     Q4K,
+    Q5K,
+    Q6K,
+    Iq4Nl,
+    Iq4Xs,
+    Mxfp4,
+    Int4,
 }
 
 /// What activations are rounded to before they meet a format's weights.
@@ -39,20 +52,29 @@ impl PackedFormat {
     pub(crate) fn of(dtype: DType) -> Option<Self> {
         match dtype {
             DType::F32 | DType::F16 => None,
-            DType::Q4_1 | DType::Q5_0 | DType::Q5_1 | DType::Q2K | DType::Q3K | DType::Q5K => None,
-            DType::Q6K | DType::IQ4_NL | DType::IQ4_XS | DType::MXFP4 => None,
             DType::BF16 => Some(Self::Bf16),
             DType::F8E4M3 => Some(Self::E4m3),
             DType::Q8_0 => Some(Self::Q8_0),
             DType::Q4_0 => Some(Self::Q4_0),
+            DType::Q4_1 => Some(Self::Q4_1),
+            DType::Q5_0 => Some(Self::Q5_0),
+            DType::Q5_1 => Some(Self::Q5_1),
+            DType::Q2K => Some(Self::Q2K),
+            DType::Q3K => Some(Self::Q3K),
             DType::Q4K => Some(Self::Q4K),
+            DType::Q5K => Some(Self::Q5K),
+            DType::Q6K => Some(Self::Q6K),
+            DType::IQ4_NL => Some(Self::Iq4Nl),
+            DType::IQ4_XS => Some(Self::Iq4Xs),
+            DType::MXFP4 => Some(Self::Mxfp4),
+            DType::INT4 => Some(Self::Int4),
         }
     }
 
     pub(crate) fn rounding(self) -> Rounding {
         match self {
             Self::Bf16 | Self::E4m3 => Rounding::Bf16,
-            Self::Q8_0 | Self::Q4_0 | Self::Q4K => Rounding::Bytes,
+            _ => Rounding::Bytes,
         }
     }
 
@@ -68,9 +90,8 @@ impl PackedFormat {
         match self {
             Self::Bf16 => cols.div_ceil(2) * 64,
             Self::E4m3 => self.header_bytes(cols) + cols.div_ceil(RUN) * E4M3_BLOCK_BYTES,
-            Self::Q8_0 => cols / 32 * 34 * GROUP_ROWS,
-            Self::Q4_0 => cols / 32 * 18 * GROUP_ROWS,
-            Self::Q4K => cols / 256 * 144 * GROUP_ROWS,
+            Self::Int4 => cols / 32 * 18 * GROUP_ROWS,
+            _ => self.blocks().map_or(0, |b| b.group_bytes(cols)),
         }
     }
 }
@@ -145,27 +166,10 @@ pub(crate) fn pack_group(m: &HostMatrix, format: PackedFormat, group: usize, out
     match format {
         PackedFormat::Bf16 => pack_words(&rows, 0, n, out),
         PackedFormat::E4m3 => pack_e4m3(&rows, m, group, out),
-        PackedFormat::Q8_0 => {
-            for (b, out) in out.chunks_exact_mut(34 * GROUP_ROWS).enumerate() {
-                let (scales, units) = out.split_at_mut(32);
-                pack_halves(&rows, b * 34, scales);
-                pack_words(&rows, b * 34 + 2, 32, units);
-                units.iter_mut().for_each(|q| *q ^= 0x80);
-            }
-        }
-        PackedFormat::Q4_0 => {
-            for (b, out) in out.chunks_exact_mut(18 * GROUP_ROWS).enumerate() {
-                let (scales, units) = out.split_at_mut(32);
-                pack_halves(&rows, b * 18, scales);
-                pack_words(&rows, b * 18 + 2, 16, units);
-            }
-        }
-        PackedFormat::Q4K => {
-            for (b, out) in out.chunks_exact_mut(144 * GROUP_ROWS).enumerate() {
-                let (halves, words) = out.split_at_mut(64);
-                pack_halves(&rows, b * 144, &mut halves[..32]);
-                pack_halves(&rows, b * 144 + 2, &mut halves[32..]);
-                pack_words(&rows, b * 144 + 4, 140, words);
+        PackedFormat::Int4 => pack_int4(&rows, m, group, out),
+        _ => {
+            if let Some(blocks) = format.blocks() {
+                blocks.pack(&rows, out);
             }
         }
     }
@@ -189,13 +193,6 @@ fn pack_words(rows: &[&[u8]; GROUP_ROWS], at: usize, len: usize, out: &mut [u8])
     }
 }
 
-/// One half of each row.
-fn pack_halves(rows: &[&[u8]; GROUP_ROWS], at: usize, out: &mut [u8]) {
-    for (row, out) in rows.iter().zip(out.chunks_exact_mut(2)) {
-        out.copy_from_slice(&row[at..at + 2]);
-    }
-}
-
 /// The scales of the group's blocks, then its codes: of four codes of a row the first two lie in the first half of 16
 /// bytes and the last two in the second half, four rows to each 16 bytes. Widening a half gives pairs in row order.
 fn pack_e4m3(rows: &[&[u8]; GROUP_ROWS], m: &HostMatrix, group: usize, out: &mut [u8]) {
@@ -214,6 +211,23 @@ fn pack_e4m3(rows: &[&[u8]; GROUP_ROWS], m: &HostMatrix, group: usize, out: &mut
         for (line, four) in lines.iter_mut().zip(row.chunks(4)) {
             for (i, code) in four.iter().enumerate() {
                 line[at + i / 2 * 8 + i % 2] = *code;
+            }
+        }
+    }
+}
+
+/// Per block the scales of the rows, then the nibbles in the order of Q4_0: byte `i` has columns `i` and `i + 16`.
+fn pack_int4(rows: &[&[u8]; GROUP_ROWS], m: &HostMatrix, group: usize, out: &mut [u8]) {
+    let grid = m.cols() / 32 * 2;
+    let scales = m.group_scales().unwrap_or_default();
+    for (r, row) in rows.iter().enumerate() {
+        let scales = &scales[(group * GROUP_ROWS + r).min(m.rows() - 1) * grid..][..grid];
+        let blocks = row.as_chunks::<16>().0.iter().zip(scales.as_chunks::<2>().0);
+        for (out, (codes, scale)) in out.chunks_exact_mut(18 * GROUP_ROWS).zip(blocks) {
+            out[r * 2..r * 2 + 2].copy_from_slice(scale);
+            for i in 0..16 {
+                let code = |column: usize| codes[column / 2] >> (column % 2 * 4) & 15;
+                out[32 + i / 4 * 64 + r * 4 + i % 4] = code(i) | code(i + 16) << 4;
             }
         }
     }

@@ -54,8 +54,9 @@ fn rows_do_not_depend_on_their_neighbours() {
 /// Activations as native products see them: BF16, or signed bytes with a scale per 128 columns.
 fn rounded(dtype: DType, x: &[f32], cols: usize) -> Vec<f32> {
     match dtype {
+        DType::F32 | DType::F16 => x.to_vec(),
         DType::BF16 | DType::F8E4M3 => x.iter().map(|v| bf16_to_f32(f32_to_bf16(*v))).collect(),
-        DType::Q8_0 | DType::Q4_0 | DType::Q4K => x
+        _ => x
             .chunks(cols)
             .flat_map(|row| row.chunks(128))
             .flat_map(|run| {
@@ -64,7 +65,6 @@ fn rounded(dtype: DType, x: &[f32], cols: usize) -> Vec<f32> {
                 run.iter().map(move |v| (v * inverse).round_ties_even() * (largest / 127.0))
             })
             .collect(),
-        _ => x.to_vec(),
     }
 }
 

@@ -12,10 +12,11 @@ pub use tables::{E2M1_DOUBLED, IQ4_VALUES, half_of_e8m0};
 
 use crate::{
     DType, Error,
-    dtype::{f16_to_f32, f32_to_bf16, f32_to_f16},
+    dtype::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16},
 };
 
-/// A row of `dtype`'s blocks; `out` has the elements of `bytes`' blocks. Formats without blocks are left alone.
+/// A row of `dtype`'s blocks; `out` has the elements of `bytes`' blocks. Formats without blocks, or whose scales lie
+/// apart, are left alone.
 pub fn decode_row(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         DType::Q8_0 => each_block(bytes, out, plain::decode_q8_0),
@@ -31,7 +32,19 @@ pub fn decode_row(dtype: DType, bytes: &[u8], out: &mut [f32]) {
         DType::IQ4_NL => each_block(bytes, out, tables::decode_iq4_nl),
         DType::IQ4_XS => each_block(bytes, out, tables::decode_iq4_xs),
         DType::MXFP4 => each_block(bytes, out, tables::decode_mxfp4),
-        DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3 => {}
+        DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3 | DType::INT4 => {}
+    }
+}
+
+/// A row of INT4: `codes` has two columns a byte, the even one in the low nibble, `scales` a BF16 per 32 columns;
+/// `w = scale * (code - 8)`.
+pub fn decode_int4(codes: &[u8], scales: &[u8], out: &mut [f32]) {
+    let blocks = codes.as_chunks::<16>().0.iter().zip(scales.as_chunks::<2>().0);
+    for ((codes, scale), out) in blocks.zip(out.as_chunks_mut::<32>().0) {
+        let scale = bf16_to_f32(u16::from_le_bytes(*scale));
+        for (code, pair) in codes.iter().zip(out.as_chunks_mut::<2>().0) {
+            *pair = [code & 15, code >> 4].map(|code| scale * (f32::from(code) - 8.0));
+        }
     }
 }
 
@@ -56,7 +69,7 @@ pub fn encode_row(dtype: DType, x: &[f32], out: &mut [u8]) -> Result<(), Error> 
         DType::F32 => each_value(x, out, f32::to_le_bytes),
         DType::F16 => each_value(x, out, |v| f32_to_f16(v).to_le_bytes()),
         DType::BF16 => each_value(x, out, |v| f32_to_bf16(v).to_le_bytes()),
-        DType::F8E4M3 => return Err(Error::ScalesApart { dtype: name }),
+        DType::F8E4M3 | DType::INT4 => return Err(Error::ScalesApart { dtype: name }),
         DType::Q8_0 => each_values(x, out, plain::encode_q8_0),
         DType::Q4_0 => each_values(x, out, plain::encode_q4_0),
         DType::Q4_1 => each_values(x, out, plain::encode_q4_1),
@@ -208,6 +221,17 @@ mod tests {
         }
     }
 
+    /// The words 0x76543210 and 0xfedcba98 of compressed-tensors.
+    #[test]
+    fn int4_counts_from_the_lowest_nibble() {
+        let codes: Vec<u8> = [0x7654_3210_u32, 0xfedc_ba98].map(u32::to_le_bytes).concat().repeat(2);
+        let mut out = [0.0; 32];
+        decode_int4(&codes, &f32_to_bf16(0.5).to_le_bytes(), &mut out);
+        for (i, v) in out.iter().enumerate() {
+            assert!((v - 0.5 * ((i % 16) as f32 - 8.0)).abs() < 1e-9, "{i}: {v}");
+        }
+    }
+
     #[test]
     fn zeros_stay_zero() {
         for (dtype, _) in BOUNDS {
@@ -251,6 +275,8 @@ mod tests {
         assert_eq!(blocks, Error::Blocks { rows: 1, cols: 255, dtype: "Q4_K", block: 256 });
         let bytes = encode_row(DType::Q4_0, &[0.0; 32], &mut [0; 17]).unwrap_err();
         assert_eq!(bytes, Error::MatrixBytes { rows: 1, cols: 32, dtype: "Q4_0", expected: 18, found: 17 });
+        let apart = encode_row(DType::INT4, &[0.0; 32], &mut [0; 16]).unwrap_err();
+        assert_eq!(apart, Error::ScalesApart { dtype: "INT4" });
         let apart = encode_row(DType::F8E4M3, &[0.0; 2], &mut [0; 2]).unwrap_err();
         assert_eq!(apart, Error::ScalesApart { dtype: "F8_E4M3" });
         let mut out = [0; 4];

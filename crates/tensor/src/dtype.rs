@@ -40,6 +40,8 @@ pub enum DType {
     IQ4_XS,
     /// OCP MX FP4: blocks of 32, a power of two as scale, E2M1 nibbles.
     MXFP4,
+    /// compressed-tensors "pack-quantized": blocks of 32, nibbles around 8; a BF16 scale per block lies beside them.
+    INT4,
 }
 
 /// Edge of an FP8 scale block, in elements.
@@ -47,7 +49,7 @@ pub const FP8_BLOCK: usize = 128;
 
 impl DType {
     /// Every format, for tests that walk them all.
-    pub const ALL: [DType; 17] = [
+    pub const ALL: [DType; 18] = [
         DType::F32,
         DType::F16,
         DType::BF16,
@@ -65,6 +67,7 @@ impl DType {
         DType::IQ4_NL,
         DType::IQ4_XS,
         DType::MXFP4,
+        DType::INT4,
     ];
 
     /// Elements of one block: what a row is a whole number of.
@@ -95,6 +98,7 @@ impl DType {
             DType::Q6K => (256, 210),
             DType::IQ4_XS => (256, 136),
             DType::MXFP4 => (32, 17),
+            DType::INT4 => (32, 16),
         }
     }
 
@@ -126,6 +130,7 @@ impl DType {
             DType::IQ4_NL => "IQ4_NL",
             DType::IQ4_XS => "IQ4_XS",
             DType::MXFP4 => "MXFP4",
+            DType::INT4 => "INT4",
         }
     }
 }

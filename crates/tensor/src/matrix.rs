@@ -62,6 +62,8 @@ pub struct HostMatrix {
     data: ByteRegion,
     /// FP8 only: multipliers, row-major `[ceil(rows/128), ceil(cols/128)]`.
     scales: Option<Arc<[f32]>>,
+    /// INT4 only: BF16 multipliers, row-major `[rows, cols/32]`.
+    group_scales: Option<ByteRegion>,
 }
 
 impl HostMatrix {
@@ -89,6 +91,10 @@ impl HostMatrix {
             return Err(Error::MatrixBytes { rows, cols, dtype: dtype.name(), expected, found });
         }
         let grid = match dtype {
+            // Its scales are no F32.
+            DType::INT4 => {
+                return Err(Error::ScaleGrid { rows, cols, expected: rows * (cols / 32), found: 0 });
+            }
             DType::F8E4M3 => rows.div_ceil(FP8_BLOCK) * cols.div_ceil(FP8_BLOCK),
             _ => 0,
         };
@@ -96,7 +102,32 @@ impl HostMatrix {
         if grid != found {
             return Err(Error::ScaleGrid { rows, cols, expected: grid, found });
         }
-        Ok(Self { dtype, rows, cols, data, scales })
+        Ok(Self { dtype, rows, cols, data, scales, group_scales: None })
+    }
+
+    /// An INT4 matrix: `codes` are its nibbles (`[rows, cols/2]` bytes), `scales` a BF16 per 32 columns
+    /// (`[rows, cols/32]`).
+    ///
+    /// # Errors
+    /// [`Error::Blocks`], [`Error::MatrixBytes`], [`Error::ScaleGrid`] or [`Error::Overflow`].
+    pub fn int4(rows: usize, cols: usize, codes: ByteRegion, scales: ByteRegion) -> Result<Self, Error> {
+        let dtype = DType::INT4;
+        if !cols.is_multiple_of(dtype.block_len()) {
+            return Err(Error::Blocks { rows, cols, dtype: dtype.name(), block: dtype.block_len() });
+        }
+        let overflow = Error::Overflow { what: "matrix" };
+        let expected = dtype.row_bytes(cols).and_then(|n| n.checked_mul(rows)).ok_or(overflow)?;
+        let found = codes.bytes().len();
+        if expected != found {
+            return Err(Error::MatrixBytes { rows, cols, dtype: dtype.name(), expected, found });
+        }
+        // Smaller than the codes, so it does not overflow.
+        let expected = rows * (cols / dtype.block_len());
+        let found = scales.bytes().len() / 2;
+        if scales.bytes().len() != expected * 2 {
+            return Err(Error::ScaleGrid { rows, cols, expected, found });
+        }
+        Ok(Self { dtype, rows, cols, data: codes, scales: None, group_scales: Some(scales) })
     }
 
     /// An F32 matrix made from values, for tests and small host-made weights.
@@ -140,7 +171,13 @@ impl HostMatrix {
 
     /// Bytes that one full read of the matrix moves, scales included.
     pub fn total_bytes(&self) -> usize {
-        self.data.bytes().len() + self.scales.as_ref().map_or(0, |s| s.len() * 4)
+        let groups = self.group_scales().map_or(0, <[u8]>::len);
+        self.data.bytes().len() + self.scales.as_ref().map_or(0, |s| s.len() * 4) + groups
+    }
+
+    /// INT4 only: BF16 multipliers, row-major `[rows, cols/32]`.
+    pub fn group_scales(&self) -> Option<&[u8]> {
+        self.group_scales.as_ref().map(ByteRegion::bytes)
     }
 
     /// Writes row `row` as F32 into `out` (`cols` long): the scalar truth of every storage format.
@@ -177,6 +214,11 @@ impl HostMatrix {
                     }
                 }
             }
+            DType::INT4 => {
+                let n = self.cols / self.dtype.block_len() * 2;
+                let scales = self.group_scales().unwrap_or_default();
+                blocks::decode_int4(bytes, &scales[row * n..][..n], out);
+            }
             _ => blocks::decode_row(self.dtype, bytes, out),
         }
     }
@@ -205,6 +247,25 @@ mod tests {
         let mut row = vec![0.0; 200];
         m.decode_row(129, &mut row);
         assert_eq!((row[127], row[128]), (3.0, 4.0));
+    }
+
+    #[test]
+    fn int4_needs_a_scale_per_block() {
+        let region = |n: usize| ByteRegion::from_vec(vec![0x9a; n]);
+        let grid = Error::ScaleGrid { rows: 3, cols: 64, expected: 6, found: 5 };
+        assert_eq!(HostMatrix::int4(3, 64, region(96), region(10)).unwrap_err(), grid);
+        assert_eq!(HostMatrix::int4(3, 64, region(96), region(11)).unwrap_err(), grid);
+        let grid = Error::ScaleGrid { rows: 3, cols: 64, expected: 6, found: 0 };
+        assert_eq!(HostMatrix::new(DType::INT4, 3, 64, region(96), None).unwrap_err(), grid);
+        let bytes = Error::MatrixBytes { rows: 3, cols: 64, dtype: "INT4", expected: 96, found: 95 };
+        assert_eq!(HostMatrix::int4(3, 64, region(95), region(12)).unwrap_err(), bytes);
+        assert!(matches!(HostMatrix::int4(3, 48, region(72), region(9)), Err(Error::Blocks { .. })));
+        let mut scales = vec![0; 12];
+        scales[10..].copy_from_slice(&[0x80, 0x3f]);
+        let m = HostMatrix::int4(3, 64, region(96), ByteRegion::from_vec(scales)).unwrap();
+        let mut row = vec![0.0; 64];
+        m.decode_row(2, &mut row);
+        assert_eq!((row[31], row[32], row[33], m.total_bytes()), (0.0, 2.0, 1.0, 108));
     }
 
     #[test]

@@ -11,7 +11,7 @@ const ELEMENTS: usize = 1024;
 fn every_block_format_decodes_to_the_bits_of_gguf_py() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens/gguf_blocks");
     let mut formats = 0;
-    for dtype in DType::ALL.into_iter().filter(|d| d.block_len() > 1) {
+    for dtype in DType::ALL.into_iter().filter(|d| d.block_len() > 1 && *d != DType::INT4) {
         let file = std::fs::read(folder.join(format!("{dtype}.bin"))).unwrap();
         let (blocks, want) = file.split_at(dtype.row_bytes(ELEMENTS).unwrap());
         let w = HostMatrix::new(dtype, 1, ELEMENTS, ByteRegion::from_vec(blocks.to_vec()), None).unwrap();

@@ -5,6 +5,8 @@ use serde_json::{Map, Value};
 
 use crate::{Error, json};
 
+mod compressed;
+
 const CONFIG: &str = "config.json";
 const GENERATION: &str = "generation_config.json";
 
@@ -267,9 +269,15 @@ fn refuse_unsupported(c: &Fields<'_>) -> Result<(), Error> {
     let Some(q) = c.object("quantization_config")? else { return Ok(()) };
     match q.text("quant_method")? {
         Some("fp8") => {}
-        Some(other) => return Err(q.error("quant_method", format!("found {other}, supported is fp8"))),
+        Some("compressed-tensors") => return compressed::check(&q),
+        Some(other) => {
+            let why = format!("found {other}, supported are fp8 and compressed-tensors");
+            return Err(q.error("quant_method", why));
+        }
         // Weights quantised in an unknown way must not pass for plain ones.
-        None => return Err(q.error("quant_method", "missing, supported is fp8".into())),
+        None => {
+            return Err(q.error("quant_method", "missing, supported are fp8 and compressed-tensors".into()));
+        }
     }
     if let Some(format) = q.text("fmt")?.filter(|f| *f != "e4m3") {
         return Err(q.error("fmt", format!("found {format}, supported is e4m3")));

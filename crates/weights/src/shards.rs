@@ -60,9 +60,9 @@ impl Shards {
         Ok(())
     }
 
-    /// Whether there is a tensor `name`.
+    /// Whether there is a tensor `name`, packed or not.
     pub(crate) fn contains(&self, name: &str) -> bool {
-        self.shard_of.contains_key(name)
+        self.shard_of.contains_key(name) || self.shard_of.contains_key(&format!("{name}_packed"))
     }
 
     /// All tensors by name.
@@ -70,18 +70,25 @@ impl Shards {
         self.shard_of.iter().filter_map(|(name, &s)| {
             let t = self.shards[s].get(name)?;
             let elements = t.shape.iter().fold(1u64, |n, &d| n.saturating_mul(d as u64));
-            let parameters = if name.ends_with("_scale_inv") { 0 } else { elements };
+            let parameters = match name {
+                n if ["_scale_inv", ".weight_scale", ".weight_shape"].iter().any(|end| n.ends_with(end)) => 0,
+                n if n.ends_with(".weight_packed") => elements.saturating_mul(8),
+                _ => elements,
+            };
             let (bytes, file) = (t.bytes.len(), self.shards[s].file());
             let (dtype, shape) = (t.dtype, t.shape);
             Some(TensorInfo { name, model_name: name.into(), dtype, shape, bytes, parameters, file })
         })
     }
 
-    /// The matrix `name` as stored: F32, F16, BF16, or FP8 E4M3 with its block scales.
+    /// The matrix `name` as stored: F32, F16, BF16, FP8 E4M3 with its block scales, or INT4 in three tensors.
     ///
     /// # Errors
     /// [`Error::Tensor`] when it is missing, has another shape, a type that is no matrix format, or bad scales.
     pub(crate) fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<HostMatrix, Error> {
+        if self.shard_of.contains_key(&format!("{name}_packed")) {
+            return self.packed_matrix(name, rows, cols);
+        }
         let (shard, t) = self.find(name, &[rows, cols])?;
         let bad = |why: String| tensor_error(shard, name, why);
         if t.shape != [rows, cols] {
@@ -100,6 +107,55 @@ impl Shards {
         };
         let region = shard.region(name).ok_or_else(|| bad("its bytes are not in the file".into()))?;
         HostMatrix::new(dtype, rows, cols, region, scales).map_err(|e| bad(e.to_string()))
+    }
+
+    /// INT4 as compressed-tensors packs it: `NAME_packed` has eight columns a word, `NAME_scale` a BF16 per 32 columns,
+    /// `NAME_shape` the shape.
+    fn packed_matrix(&self, name: &str, rows: usize, cols: usize) -> Result<HostMatrix, Error> {
+        let (packed, scale, shape) =
+            (format!("{name}_packed"), format!("{name}_scale"), format!("{name}_shape"));
+        self.check_shape(&shape, rows, cols)?;
+        let group = DType::INT4.block_len();
+        if !cols.is_multiple_of(group) {
+            let (shard, _) = self.find(&shape, &[2])?;
+            let why = format!("{cols} columns are no whole number of groups of {group}");
+            return Err(tensor_error(shard, &shape, why));
+        }
+        let codes = self.region_of(&packed, "I32", [rows, cols / 8])?;
+        let scales = self.region_of(&scale, "BF16", [rows, cols / group])?;
+        let (shard, _) = self.find(&packed, &[rows, cols / 8])?;
+        HostMatrix::int4(rows, cols, codes, scales).map_err(|e| tensor_error(shard, &packed, e.to_string()))
+    }
+
+    /// A tensor that holds the shape of another one.
+    fn check_shape(&self, name: &str, rows: usize, cols: usize) -> Result<(), Error> {
+        let (shard, t) = self.find(name, &[2])?;
+        let bad = |why: String| Err(tensor_error(shard, name, why));
+        if t.shape != [2] {
+            return bad(format!("expected shape [2], found {:?}", t.shape));
+        }
+        let found: Vec<i64> = match t.dtype {
+            "I32" => t.bytes.as_chunks().0.iter().map(|b| i32::from_le_bytes(*b).into()).collect(),
+            "I64" => t.bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b)).collect(),
+            other => return bad(format!("expected I32 or I64, found {other}")),
+        };
+        if found != [rows as i64, cols as i64] {
+            return bad(format!("expected [{rows}, {cols}], found {found:?}"));
+        }
+        Ok(())
+    }
+
+    /// The bytes of a tensor of this type and shape.
+    fn region_of(&self, name: &str, dtype: &str, shape: [usize; 2]) -> Result<ByteRegion, Error> {
+        let (shard, t) = self.find(name, &shape)?;
+        let bad = |why: String| tensor_error(shard, name, why);
+        if t.dtype != dtype {
+            return Err(bad(format!("expected {dtype}, found {}", t.dtype)));
+        }
+        if t.shape != shape {
+            return Err(bad(format!("expected shape {shape:?}, found {:?}", t.shape)));
+        }
+        shard.region(name).ok_or_else(|| bad("its bytes are not in the file".into()))
     }
 
     /// The vector `name` as F32.

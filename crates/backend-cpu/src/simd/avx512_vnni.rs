@@ -147,6 +147,68 @@ impl Panel for P {
         // SAFETY: above.
         unsafe { _mm512_or_si512(a, _mm512_slli_epi32::<SHIFT>(b)) }
     }
+    #[inline(always)]
+    unsafe fn word_bits(p: *const u8, shift: usize, mask: i32) -> __m512i {
+        // SAFETY: above.
+        unsafe {
+            let words = _mm512_srl_epi32(_mm512_loadu_si512(p.cast()), _mm_cvtsi32_si128(shift as i32));
+            _mm512_and_si512(words, _mm512_set1_epi32(mask))
+        }
+    }
+    #[inline(always)]
+    unsafe fn half_bits(p: *const u8, shift: usize, mask: i32) -> __m512i {
+        // SAFETY: above.
+        unsafe {
+            let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            let words = _mm512_srl_epi32(words, _mm_cvtsi32_si128(shift as i32));
+            _mm512_and_si512(words, _mm512_set1_epi32(mask))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_values(p: *const u8) -> __m512 {
+        // SAFETY: above.
+        unsafe {
+            let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_half_e8m0(p: *const u8) -> __m512 {
+        // SAFETY: above.
+        unsafe {
+            let e = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+            let normal = _mm512_slli_epi32::<23>(_mm512_sub_epi32(e, _mm512_set1_epi32(1)));
+            let small = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
+            let bits = _mm512_mask_sllv_epi32(normal, small, _mm512_set1_epi32(0x0020_0000), e);
+            _mm512_castsi512_ps(bits)
+        }
+    }
+    #[inline(always)]
+    unsafe fn field(v: __m512i, shift: usize, mask: u8) -> __m512i {
+        // SAFETY: above.
+        unsafe {
+            let moved = _mm512_srl_epi16(v, _mm_cvtsi32_si128(shift as i32));
+            _mm512_and_si512(moved, _mm512_set1_epi8(mask.cast_signed()))
+        }
+    }
+    #[inline(always)]
+    unsafe fn insert(low: __m512i, v: __m512i, from: usize, to: usize, mask: u8) -> __m512i {
+        // SAFETY: above.
+        unsafe {
+            let count = _mm_cvtsi32_si128(from.abs_diff(to) as i32);
+            let moved = if to > from { _mm512_sll_epi16(v, count) } else { _mm512_srl_epi16(v, count) };
+            // low | (moved & mask)
+            _mm512_ternarylogic_epi32::<0xf8>(low, moved, _mm512_set1_epi8(mask.cast_signed()))
+        }
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], v: __m512i) -> __m512i {
+        // SAFETY: above.
+        unsafe {
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm512_shuffle_epi8(table, v)
+        }
+    }
 }
 
 super::kernels!(V, P, "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx512vbmi,avx2,fma,f16c");

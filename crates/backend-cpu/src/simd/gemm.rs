@@ -21,6 +21,8 @@ pub(crate) struct WeightRef {
     pub(crate) cols: usize,
     /// FP8: row-major grid of block scales.
     pub(crate) scales: *const f32,
+    /// INT4: a BF16 per 32 columns, row-major.
+    group_scales: *const u8,
 }
 
 // SAFETY: it only points to weights, which nobody writes.
@@ -36,12 +38,14 @@ impl WeightRef {
             row_bytes: m.row_bytes(),
             cols: m.cols(),
             scales: m.scales().map_or(std::ptr::null(), <[f32]>::as_ptr),
+            group_scales: m.group_scales().map_or(std::ptr::null(), <[u8]>::as_ptr),
         }
     }
 
     /// F32 rows of `cols` values, `stride` values apart.
     pub(crate) fn rows_of(data: *const f32, cols: usize, stride: usize) -> Self {
-        Self { dtype: DType::F32, data: data.cast(), row_bytes: stride * 4, cols, scales: std::ptr::null() }
+        let (scales, group_scales) = (std::ptr::null(), std::ptr::null());
+        Self { dtype: DType::F32, data: data.cast(), row_bytes: stride * 4, cols, scales, group_scales }
     }
 
     /// # Safety
@@ -190,7 +194,13 @@ unsafe fn decode_blocks(w: &WeightRef, row: usize, out: *mut f32) {
     // SAFETY: the caller's promise.
     unsafe {
         let bytes = std::slice::from_raw_parts(w.data.add(row * w.row_bytes), w.row_bytes);
-        blocks::decode_row(w.dtype, bytes, std::slice::from_raw_parts_mut(out, w.cols));
+        let out = std::slice::from_raw_parts_mut(out, w.cols);
+        if w.dtype == DType::INT4 {
+            let n = w.cols / 32 * 2;
+            blocks::decode_int4(bytes, std::slice::from_raw_parts(w.group_scales.add(row * n), n), out);
+        } else {
+            blocks::decode_row(w.dtype, bytes, out);
+        }
     }
 }
 

@@ -14,9 +14,12 @@ use crate::{
 pub(crate) mod avx2;
 mod block;
 mod float;
+mod k_quants;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 pub(crate) mod portable;
+mod small_blocks;
+mod tables;
 
 /// Rows of rounded activations (`rounded.rs`), on their own or in tiles.
 #[derive(Clone, Copy)]
@@ -81,6 +84,8 @@ pub(crate) trait Panel {
     const TILE_BYTES: usize;
     /// Whether tiles are two groups wide.
     const PAIRS: bool;
+    /// Whether loops are unrolled where a format profits from it.
+    const UNROLLS: bool = true;
     /// Whether `dot_s8` leaves the offset of 128 to the sums that a block begins with.
     const OFFSET_IN_SUMS: bool;
 
@@ -122,6 +127,23 @@ pub(crate) trait Panel {
     unsafe fn bits<const SHIFT: u32, const MASK: i32>(p: *const u8) -> Self::I;
     /// `a | b << SHIFT`
     unsafe fn join<const SHIFT: u32>(a: Self::I, b: Self::I) -> Self::I;
+
+    // What the formats of more than nibbles need; shifts and masks are constants once a kernel is compiled.
+
+    /// Sixteen I32 words at `p`, each shifted right by `shift` and cut to `mask`.
+    unsafe fn word_bits(p: *const u8, shift: usize, mask: i32) -> Self::I;
+    /// Sixteen 16-bit words at `p`, each shifted right by `shift` and cut to `mask`.
+    unsafe fn half_bits(p: *const u8, shift: usize, mask: i32) -> Self::I;
+    /// Sixteen BF16 at `p`.
+    unsafe fn load_bf16_values(p: *const u8) -> Self::F;
+    /// `2^(e - 128)` for the sixteen bytes `e` at `p`.
+    unsafe fn load_half_e8m0(p: *const u8) -> Self::F;
+    /// Each byte shifted right by `shift` and cut to `mask`, which has no bit that comes from another byte.
+    unsafe fn field(v: Self::U, shift: usize, mask: u8) -> Self::U;
+    /// `low | bits`: the bits of `v` from bit `from` on, moved to bit `to` and cut to `mask`, likewise.
+    unsafe fn insert(low: Self::U, v: Self::U, from: usize, to: usize, mask: u8) -> Self::U;
+    /// `table[byte]` of bytes below 16.
+    unsafe fn lookup(table: &[u8; 16], v: Self::U) -> Self::U;
 }
 
 /// # Safety
@@ -135,7 +157,18 @@ pub(super) unsafe fn panel_gemm<P: Panel>(g: &PanelGemm<'_>) {
             PackedFormat::E4m3 => tiles::<P, float::E4m3>(g),
             PackedFormat::Q8_0 => tiles::<P, block::Tile<block::Q8_0>>(g),
             PackedFormat::Q4_0 => tiles::<P, block::Tile<block::Q4_0>>(g),
+            PackedFormat::Q4_1 => tiles::<P, block::Tile<small_blocks::Q4_1>>(g),
+            PackedFormat::Q5_0 => tiles::<P, block::Tile<small_blocks::Q5_0>>(g),
+            PackedFormat::Q5_1 => tiles::<P, block::Tile<small_blocks::Q5_1>>(g),
+            PackedFormat::Q2K => tiles::<P, block::Tile<k_quants::Q2K>>(g),
+            PackedFormat::Q3K => tiles::<P, block::Tile<k_quants::Q3K>>(g),
             PackedFormat::Q4K => tiles::<P, block::Tile<block::Q4K>>(g),
+            PackedFormat::Q5K => tiles::<P, block::Tile<k_quants::Q5K>>(g),
+            PackedFormat::Q6K => tiles::<P, block::Tile<k_quants::Q6K>>(g),
+            PackedFormat::Iq4Nl => tiles::<P, block::Tile<tables::Iq4Nl>>(g),
+            PackedFormat::Iq4Xs => tiles::<P, block::Tile<tables::Iq4Xs>>(g),
+            PackedFormat::Mxfp4 => tiles::<P, block::Tile<tables::Mxfp4>>(g),
+            PackedFormat::Int4 => tiles::<P, block::Tile<small_blocks::Int4>>(g),
         }
     }
 }

@@ -47,6 +47,9 @@ impl Random {
     /// None for shapes that fit in memory.
     pub fn matrix(&mut self, dtype: DType, rows: usize, cols: usize) -> Result<HostMatrix, Error> {
         let scale = 1.0 / (cols as f32).sqrt();
+        if dtype == DType::INT4 {
+            return self.int4(rows, cols, scale / 4.6);
+        }
         let blocks = rows * cols / dtype.block_len();
         let flat = if dtype.block_len() == 1 { rows * cols } else { 0 };
         let values: Vec<f32> = (0..flat).map(|_| self.normal() * scale).collect();
@@ -63,6 +66,13 @@ impl Random {
             (0..grid).map(|_| 0.01 * (0.5 + self.below(1000) as f32 / 1000.0)).collect::<Arc<[f32]>>()
         });
         HostMatrix::new(dtype, rows, cols, ByteRegion::from_vec(bytes), scales)
+    }
+
+    fn int4(&mut self, rows: usize, cols: usize, scale: f32) -> Result<HostMatrix, Error> {
+        let codes = (0..rows * cols / 2).map(|_| self.bits() as u8).collect();
+        let size = |random: &mut Self| scale * (0.5 + random.below(1000) as f32 / 1000.0);
+        let scales = (0..rows * cols / 32).flat_map(|_| f32_to_bf16(size(self)).to_le_bytes()).collect();
+        HostMatrix::int4(rows, cols, ByteRegion::from_vec(codes), ByteRegion::from_vec(scales))
     }
 
     /// `n` blocks of random codes whose values deviate by about `scale`: every code occurs, and none is searched for.
@@ -108,6 +118,6 @@ fn halves(dtype: DType) -> &'static [(usize, f32)] {
         DType::Q6K => &[(208, 1360.0)],
         DType::IQ4_NL => &[(0, 69.0)],
         DType::IQ4_XS => &[(0, 1270.0)],
-        DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3 | DType::MXFP4 => &[],
+        DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3 | DType::MXFP4 | DType::INT4 => &[],
     }
 }

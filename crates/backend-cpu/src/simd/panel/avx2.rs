@@ -183,4 +183,78 @@ impl Panel for P {
             each(a, b, |a, b| _mm256_or_si256(a, _mm256_sll_epi32(b, shift)))
         }
     }
+    #[inline(always)]
+    unsafe fn word_bits(p: *const u8, shift: usize, mask: i32) -> Self::I {
+        // SAFETY: above.
+        unsafe {
+            let count = _mm_cvtsi32_si128(shift as i32);
+            [p, p.add(32)].map(|p| {
+                let words = _mm256_srl_epi32(_mm256_loadu_si256(p.cast()), count);
+                _mm256_and_si256(words, _mm256_set1_epi32(mask))
+            })
+        }
+    }
+    #[inline(always)]
+    unsafe fn half_bits(p: *const u8, shift: usize, mask: i32) -> Self::I {
+        // SAFETY: above.
+        unsafe {
+            let count = _mm_cvtsi32_si128(shift as i32);
+            [p, p.add(16)].map(|p| {
+                let words = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+                _mm256_and_si256(_mm256_srl_epi32(words, count), _mm256_set1_epi32(mask))
+            })
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_values(p: *const u8) -> Self::F {
+        // SAFETY: above.
+        unsafe {
+            [p, p.add(16)].map(|p| {
+                let words = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words))
+            })
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_half_e8m0(p: *const u8) -> Self::F {
+        // SAFETY: above.
+        unsafe {
+            [p, p.add(8)].map(|p| {
+                let e = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
+                let normal = _mm256_slli_epi32::<23>(_mm256_sub_epi32(e, _mm256_set1_epi32(1)));
+                let small = _mm256_sllv_epi32(_mm256_set1_epi32(0x0020_0000), e);
+                let is_normal = _mm256_cmpgt_epi32(e, _mm256_set1_epi32(1));
+                _mm256_castsi256_ps(_mm256_blendv_epi8(small, normal, is_normal))
+            })
+        }
+    }
+    #[inline(always)]
+    unsafe fn field(v: Self::U, shift: usize, mask: u8) -> Self::U {
+        // SAFETY: above.
+        unsafe {
+            let count = _mm_cvtsi32_si128(shift as i32);
+            let mask = _mm256_set1_epi8(mask.cast_signed());
+            v.map(|v| _mm256_and_si256(_mm256_srl_epi16(v, count), mask))
+        }
+    }
+    #[inline(always)]
+    unsafe fn insert(low: Self::U, v: Self::U, from: usize, to: usize, mask: u8) -> Self::U {
+        // SAFETY: above.
+        unsafe {
+            let count = _mm_cvtsi32_si128(from.abs_diff(to) as i32);
+            let mask = _mm256_set1_epi8(mask.cast_signed());
+            each(low, v, |low, v| {
+                let moved = if to > from { _mm256_sll_epi16(v, count) } else { _mm256_srl_epi16(v, count) };
+                _mm256_or_si256(low, _mm256_and_si256(moved, mask))
+            })
+        }
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], v: Self::U) -> Self::U {
+        // SAFETY: above.
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            v.map(|v| _mm256_shuffle_epi8(table, v))
+        }
+    }
 }

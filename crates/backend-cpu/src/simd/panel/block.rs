@@ -4,22 +4,21 @@ use std::marker::PhantomData;
 
 use super::{Ahead, Panel, STREAM_AHEAD, Tiled};
 use crate::{
-    packed::PanelRef,
-    rounded::{BYTE_RUN_WORDS, CODES, SUMS_32},
+    packed::{PanelRef, RUN},
+    rounded::{BYTE_RUN_WORDS, CODES, SUMS_16, SUMS_32},
 };
 
-/// A format of blocks of 32 columns, each with a scale and perhaps a minimum per row: `w = scale * (q - ZERO) - min`.
+/// A format of blocks of columns, each with a scale and perhaps a minimum per row: `w = scale * (q - ZERO) - min`.
 pub(super) trait Block<P: Panel> {
+    /// Four columns each: 8 of them to a block, or 4.
+    const UNITS: usize = 8;
     /// `log2` of the value that stands for zero; `None` when the format has minima instead.
     const ZERO_SHIFT: Option<u32>;
-    /// Whether eight blocks share a header.
+    /// Whether the blocks of 256 columns share a header.
     const SUPER: bool = false;
-    /// Cache lines of 16 rows of a block, rounded up.
-    const LINES: usize;
-    /// Where a block begins behind [`Block::at`], about.
-    fn offset(_place: usize) -> usize {
-        0
-    }
+    /// Whether the blocks of a run are unrolled where the level does so, so that their places in a super-block are
+    /// constants: worth its code where a format must be as fast as memory.
+    const UNROLLED: bool = false;
     /// Where block `b` of a group lies, header included.
     unsafe fn at(group: *const u8, b: usize) -> *const u8;
     /// The unsigned weights of columns `4 * unit..` of the block that is `b`-th of its header.
@@ -43,7 +42,6 @@ pub(super) struct Q4K;
 
 impl<P: Panel> Block<P> for Q8_0 {
     const ZERO_SHIFT: Option<u32> = Some(7);
-    const LINES: usize = 9;
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
         group.wrapping_add(b * (32 + 512))
@@ -62,7 +60,6 @@ impl<P: Panel> Block<P> for Q8_0 {
 
 impl<P: Panel> Block<P> for Q4_0 {
     const ZERO_SHIFT: Option<u32> = Some(3);
-    const LINES: usize = 5;
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
         group.wrapping_add(b * (32 + 256))
@@ -88,11 +85,7 @@ const Q4K_BYTES: usize = 16 * 144;
 impl<P: Panel> Block<P> for Q4K {
     const ZERO_SHIFT: Option<u32> = None;
     const SUPER: bool = true;
-    const LINES: usize = 5;
-    #[inline(always)]
-    fn offset(place: usize) -> usize {
-        place * Q4K_BYTES / 8
-    }
+    const UNROLLED: bool = true;
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
         group.wrapping_add(b / 8 * Q4K_BYTES)
@@ -155,16 +148,23 @@ impl<P: Panel, D: Block<P>> Tiled<P> for Tile<D> {
     ) -> [[P::F; T]; G] {
         // SAFETY: a group holds `blocks` blocks, and the tile whole runs of 128 columns.
         unsafe {
-            let blocks = w.cols / 32;
+            let per_run = 32 / D::UNITS;
+            let blocks = w.cols / (4 * D::UNITS);
+            let run_bytes = w.group_bytes * RUN / w.cols;
             let mut total = [[P::splat(0.0); T]; G];
-            for run in 0..blocks.div_ceil(4) {
+            for run in 0..blocks.div_ceil(per_run) {
                 let x = x.add(run * BYTE_RUN_WORDS * T);
                 let mut part = [[P::splat(0.0); T]; G];
-                let first = run * 4;
+                let first = run * per_run;
                 ahead.step::<P>(run);
-                if blocks - first < 4 {
-                    for b in first..blocks {
-                        add_block::<P, D, G, T>(&groups, x, b, b % 8, &mut part);
+                for line in run * run_bytes / 64..(run + 1) * run_bytes / 64 {
+                    for group in groups {
+                        P::prefetch_near(group.wrapping_add(line * 64 + STREAM_AHEAD));
+                    }
+                }
+                if !(D::UNROLLED && P::UNROLLS) || blocks - first < per_run {
+                    for b in first..blocks.min(first + per_run) {
+                        add_block::<P, D, G, T>(&groups, x, b, b % (2 * per_run), &mut part);
                     }
                 } else if D::SUPER && run % 2 == 1 {
                     add_block::<P, D, G, T>(&groups, x, first, 4, &mut part);
@@ -201,23 +201,22 @@ unsafe fn add_block<P: Panel, D: Block<P>, const G: usize, const T: usize>(
 ) {
     // SAFETY: the caller keeps the block inside of the group, and `x` is the run that it belongs to.
     unsafe {
-        let sums = x.add((SUMS_32 + place % 4) * T).cast::<i32>();
-        let codes = x.add((CODES + place % 4 * 8) * T).cast::<u8>();
+        let (sums, in_run) = if D::UNITS == 8 { (SUMS_32, place % 4) } else { (SUMS_16, place % 8) };
+        let sums = x.add((sums + in_run) * T).cast::<i32>();
+        let codes = x.add((CODES + in_run * D::UNITS) * T).cast::<u8>();
         // Loops, not closures: a closure that is not inlined is compiled without the level's features.
         let mut at = [D::at(w[0], b); G];
         for i in 1..G {
             at[i] = D::at(w[i], b);
         }
-        for at in at {
-            for line in 0..D::LINES {
-                P::prefetch_near(at.wrapping_add(D::offset(place) + line * 64 + STREAM_AHEAD));
-            }
-        }
         let mut acc = [[P::zero_i(); T]; G];
         if D::ZERO_SHIFT.is_some_and(|shift| shift != 7 || P::OFFSET_IN_SUMS) {
             for j in 0..T {
                 let start = match D::ZERO_SHIFT {
+                    Some(2) => P::splat_shifted::<2>(sums.add(j)),
                     Some(3) => P::splat_shifted::<3>(sums.add(j)),
+                    Some(4) => P::splat_shifted::<4>(sums.add(j)),
+                    Some(5) => P::splat_shifted::<5>(sums.add(j)),
                     _ => P::splat_shifted::<7>(sums.add(j)),
                 };
                 for acc in &mut acc {
@@ -229,10 +228,12 @@ unsafe fn add_block<P: Panel, D: Block<P>, const G: usize, const T: usize>(
         add_unit::<P, D, G, T>(&at, codes, place, 1, &mut acc);
         add_unit::<P, D, G, T>(&at, codes, place, 2, &mut acc);
         add_unit::<P, D, G, T>(&at, codes, place, 3, &mut acc);
-        add_unit::<P, D, G, T>(&at, codes, place, 4, &mut acc);
-        add_unit::<P, D, G, T>(&at, codes, place, 5, &mut acc);
-        add_unit::<P, D, G, T>(&at, codes, place, 6, &mut acc);
-        add_unit::<P, D, G, T>(&at, codes, place, 7, &mut acc);
+        if D::UNITS == 8 {
+            add_unit::<P, D, G, T>(&at, codes, place, 4, &mut acc);
+            add_unit::<P, D, G, T>(&at, codes, place, 5, &mut acc);
+            add_unit::<P, D, G, T>(&at, codes, place, 6, &mut acc);
+            add_unit::<P, D, G, T>(&at, codes, place, 7, &mut acc);
+        }
         for i in 0..G {
             let scale = D::scale(at[i], place);
             for j in 0..T {

@@ -2,7 +2,7 @@
 
 use std::arch::aarch64::*;
 
-use oxseek_tensor::dtype::f16_to_f32;
+use oxseek_tensor::{blocks::half_of_e8m0, dtype::f16_to_f32};
 
 use super::Panel;
 
@@ -171,6 +171,72 @@ impl Panel for P {
         unsafe {
             let shift = vdupq_n_s32(SHIFT as i32);
             each(a, b, |a, b| vorrq_s32(a, vshlq_s32(b, shift)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn word_bits(p: *const u8, shift: usize, mask: i32) -> Self::I {
+        // SAFETY: above.
+        unsafe {
+            let shift = vdupq_n_s32(-(shift as i32));
+            [0, 16, 32, 48].map(|i| {
+                let words = vshlq_u32(vreinterpretq_u32_u8(vld1q_u8(p.add(i))), shift);
+                vandq_s32(vreinterpretq_s32_u32(words), vdupq_n_s32(mask))
+            })
+        }
+    }
+    #[inline(always)]
+    unsafe fn half_bits(p: *const u8, shift: usize, mask: i32) -> Self::I {
+        // SAFETY: above.
+        unsafe {
+            let shift = vdupq_n_s32(-(shift as i32));
+            [0, 8, 16, 24].map(|i| {
+                let words = vshlq_u32(vmovl_u16(vreinterpret_u16_u8(vld1_u8(p.add(i)))), shift);
+                vandq_s32(vreinterpretq_s32_u32(words), vdupq_n_s32(mask))
+            })
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_values(p: *const u8) -> Self::F {
+        // SAFETY: above.
+        unsafe {
+            [0, 8, 16, 24].map(|i| {
+                let words = vmovl_u16(vreinterpret_u16_u8(vld1_u8(p.add(i))));
+                vreinterpretq_f32_u32(vshlq_n_u32::<16>(words))
+            })
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_half_e8m0(p: *const u8) -> Self::F {
+        let mut wide = [0.0f32; 16];
+        for (r, w) in wide.iter_mut().enumerate() {
+            // SAFETY: above.
+            *w = half_of_e8m0(unsafe { *p.add(r) });
+        }
+        // SAFETY: sixteen values.
+        unsafe { [0, 4, 8, 12].map(|i| vld1q_f32(wide.as_ptr().add(i))) }
+    }
+    #[inline(always)]
+    unsafe fn field(v: Self::U, shift: usize, mask: u8) -> Self::U {
+        // SAFETY: above.
+        unsafe {
+            let shift = vdupq_n_s8(-(shift as i8));
+            v.map(|v| vandq_u8(vshlq_u8(v, shift), vdupq_n_u8(mask)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn insert(low: Self::U, v: Self::U, from: usize, to: usize, mask: u8) -> Self::U {
+        // SAFETY: above.
+        unsafe {
+            let shift = vdupq_n_s8(to as i8 - from as i8);
+            each(low, v, |low, v| vorrq_u8(low, vandq_u8(vshlq_u8(v, shift), vdupq_n_u8(mask))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], v: Self::U) -> Self::U {
+        // SAFETY: above.
+        unsafe {
+            let table = vld1q_u8(table.as_ptr());
+            v.map(|v| vqtbl1q_u8(table, v))
         }
     }
 }

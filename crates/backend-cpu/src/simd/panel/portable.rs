@@ -1,6 +1,9 @@
 //! Sixteen rows in plain arrays: the truth that the other levels agree with, and what every CPU runs.
 
-use oxseek_tensor::dtype::{e4m3_to_f32, f16_to_f32};
+use oxseek_tensor::{
+    blocks::half_of_e8m0,
+    dtype::{bf16_to_f32, e4m3_to_f32, f16_to_f32},
+};
 
 use super::Panel;
 use crate::packed::GROUP_ROWS;
@@ -24,8 +27,9 @@ impl Panel for P {
     type U = Lanes<[u8; 4]>;
     type X = [f32; 2];
     const TILE_BF16: usize = 4;
-    const TILE_BYTES: usize = 4;
+    const TILE_BYTES: usize = 2;
     const PAIRS: bool = false;
+    const UNROLLS: bool = false;
     const OFFSET_IN_SUMS: bool = false;
 
     #[inline(always)]
@@ -122,5 +126,38 @@ impl Panel for P {
     #[inline(always)]
     unsafe fn join<const SHIFT: u32>(a: Self::I, b: Self::I) -> Self::I {
         std::array::from_fn(|r| a[r] | b[r] << SHIFT)
+    }
+    #[inline(always)]
+    unsafe fn word_bits(p: *const u8, shift: usize, mask: i32) -> Self::I {
+        // SAFETY: above.
+        std::array::from_fn(|r| (unsafe { word(p, r) } >> shift) as i32 & mask)
+    }
+    #[inline(always)]
+    unsafe fn half_bits(p: *const u8, shift: usize, mask: i32) -> Self::I {
+        // SAFETY: above.
+        std::array::from_fn(|r| i32::from(unsafe { p.cast::<u16>().add(r).read_unaligned() } >> shift) & mask)
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_values(p: *const u8) -> Self::F {
+        // SAFETY: above.
+        std::array::from_fn(|r| bf16_to_f32(unsafe { p.cast::<u16>().add(r).read_unaligned() }))
+    }
+    #[inline(always)]
+    unsafe fn load_half_e8m0(p: *const u8) -> Self::F {
+        // SAFETY: above.
+        std::array::from_fn(|r| half_of_e8m0(unsafe { *p.add(r) }))
+    }
+    #[inline(always)]
+    unsafe fn field(v: Self::U, shift: usize, mask: u8) -> Self::U {
+        v.map(|v| v.map(|b| b >> shift & mask))
+    }
+    #[inline(always)]
+    unsafe fn insert(low: Self::U, v: Self::U, from: usize, to: usize, mask: u8) -> Self::U {
+        let moved = |b: u8| if to > from { b << (to - from) } else { b >> (from - to) };
+        std::array::from_fn(|r| std::array::from_fn(|k| low[r][k] | moved(v[r][k]) & mask))
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], v: Self::U) -> Self::U {
+        v.map(|v| v.map(|b| table[usize::from(b)]))
     }
 }
