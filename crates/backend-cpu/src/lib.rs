@@ -25,8 +25,8 @@ use std::task::{Context, Poll};
 use oxseek_tensor::{
     Backend, DType, Error, HostMatrix,
     backend::{
-        BLOCK_TOKENS, Buffer, Cache, CacheShape, DeviceInfo, ExpertMatrices, Experts, KvB, MlaShape, Mlp, OpCost,
-        Read, Rope, RouterShape, Routing, StepInput, Vector, Weight,
+        BLOCK_TOKENS, Buffer, Cache, CacheShape, DeviceInfo, ExpertMatrices, Experts, KvB, MlaShape, Mlp,
+        OpCost, Read, Rope, RouterShape, Routing, StepInput, Vector, Weight,
     },
     error::{at_most, expect, shape_error},
 };

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use oxseek_model::{DeepSeek, LoadOptions, LogitRows};
+use oxseek_tensor::CacheFormat;
 use oxseek_weights::Checkpoint;
 
 use crate::{
@@ -60,8 +61,10 @@ pub fn check(
         cache_blocks: TOKENS_MAX.div_ceil(64),
         step_rows_max: TOKENS_MAX,
         logit_rows_max: TOKENS_MAX,
+        cache_format: CacheFormat::F32,
     };
     let mut exact = DeepSeek::load(checkpoint, exact()?, options, &mut |_, _| {})?;
+    let options = LoadOptions { cache_format: CacheFormat::Bf16, ..options };
     let mut native = DeepSeek::load(checkpoint, native()?, options, &mut |_, _| {})?;
     let vocab = checkpoint.config().vocab_size;
     let mut figures = Figures::default();

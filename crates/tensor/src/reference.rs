@@ -14,8 +14,8 @@ use std::task::{Context, Poll};
 use crate::{
     Backend, Error, HostMatrix,
     backend::{
-        BLOCK_TOKENS, Buffer, Cache, CacheShape, DeviceInfo, ExpertMatrices, Experts, KvB, MlaShape, Mlp, Read,
-        Rope, RouterShape, Routing, Segment, StepInput, Vector, Weight,
+        BLOCK_TOKENS, Buffer, Cache, CacheShape, DeviceInfo, ExpertMatrices, Experts, KvB, MlaShape, Mlp,
+        Read, Rope, RouterShape, Routing, Segment, StepInput, Vector, Weight,
     },
     error::{at_most, expect, shape_error},
 };

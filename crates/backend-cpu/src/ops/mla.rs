@@ -11,13 +11,8 @@ use oxseek_tensor::{
 
 mod exact;
 
-
 use super::{matmul::Input, rope::rotate};
-use crate::{
-    CpuBackend,
-    memory::Shared,
-    simd::WeightRef,
-};
+use crate::{CpuBackend, memory::Shared, simd::WeightRef};
 
 /// Most heads of one row that a task attends with: they share each cache row that it reads.
 const HEADS_PER_TASK_MAX: usize = 8;
@@ -141,4 +136,3 @@ impl CpuBackend {
         tasks
     }
 }
-

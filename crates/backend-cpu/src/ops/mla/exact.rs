@@ -58,10 +58,18 @@ impl Attention<'_> {
     }
 
     /// `q~ = W_UK^T q_nope`; scores against the latent rows; `o = W_UV (sum_s p_s c_s)`.
-    pub(super) fn absorbed(&self, scratch: &mut Scratch, segment: &Segment, row: usize, from: usize, to: usize) {
+    pub(super) fn absorbed(
+        &self,
+        scratch: &mut Scratch,
+        segment: &Segment,
+        row: usize,
+        from: usize,
+        to: usize,
+    ) {
         let MlaShape { heads, nope, rope, value, latent, softmax_scale } = self.shape;
         let (width, group) = (latent + rope, to - from);
-        let sizes = [group * width, group * latent, group * BLOCK_TOKENS, latent, group * 2, BLOCK_TOKENS * width];
+        let sizes =
+            [group * width, group * latent, group * BLOCK_TOKENS, latent, group * 2, BLOCK_TOKENS * width];
         let (panel, [q_latent, mean, scores, decoded, state, rows]) = scratch.split(sizes);
         let q_row = self.q.get().wrapping_add((segment.row + row) * heads * (nope + rope));
         mean.fill(0.0);
