@@ -88,6 +88,22 @@ impl LatentRows {
         self.first.wrapping_add(id as usize * BLOCK_TOKENS * self.row_bytes)
     }
 
+    /// Whether rows are BF16 that the kernels take where they lie: whole pairs, and latent values in whole vectors.
+    pub(crate) fn in_place(&self) -> bool {
+        self.format == CacheFormat::Bf16 && self.latent.is_multiple_of(32) && self.width.is_multiple_of(2)
+    }
+
+    /// Decodes a row into `out`.
+    ///
+    /// # Safety
+    /// `at` is a row of the cache, whose owner is borrowed; `out` has `width` values.
+    #[allow(unsafe_code, reason = "a row of the cache as a slice")]
+    pub(crate) unsafe fn decode(&self, at: *const u8, out: &mut [f32]) {
+        // SAFETY: the caller's promise; a row has `row_bytes`.
+        let bytes = unsafe { std::slice::from_raw_parts(at, self.row_bytes) };
+        self.format.decode_row(bytes, self.latent, out);
+    }
+
     /// The first `n` rows of a block in F32: where they lie if they are, else in `decoded`.
     ///
     /// # Safety
@@ -99,10 +115,8 @@ impl LatentRows {
             return self.block(id).cast();
         }
         for (slot, out) in decoded.chunks_exact_mut(self.width).take(n).enumerate() {
-            let at = self.block(id).wrapping_add(slot * self.row_bytes);
-            // SAFETY: the caller's promise; a row has `row_bytes`.
-            let bytes = unsafe { std::slice::from_raw_parts(at, self.row_bytes) };
-            self.format.decode_row(bytes, self.latent, out);
+            // SAFETY: the caller's promise.
+            unsafe { self.decode(self.block(id).wrapping_add(slot * self.row_bytes), out) };
         }
         decoded.as_ptr()
     }

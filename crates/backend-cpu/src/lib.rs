@@ -10,6 +10,7 @@ mod bandwidth;
 mod cache;
 mod detect;
 mod huge;
+mod kv_b;
 mod matrix;
 mod memory;
 mod ops;
@@ -34,6 +35,7 @@ use oxseek_tensor::{
 pub use bandwidth::read_bandwidth;
 use cache::LatentCache;
 pub use detect::Level;
+use kv_b::PackedKvB;
 use matrix::{Matrix, MatrixRef};
 use memory::PerThread;
 use packed::PackedFormat;
@@ -64,8 +66,8 @@ pub enum Precision {
     #[default]
     Exact,
     /// Activations are rounded to what the CPU multiplies fastest with the weights' format: BF16 for BF16 and FP8
-    /// weights (as PyTorch runs them), 8 bits with a scale per 128 columns for block formats. F32 and F16 weights,
-    /// the router and attention stay exact.
+    /// weights (as PyTorch runs them), 8 bits with a scale per 128 columns for block formats. F32 and F16 weights and
+    /// the router stay exact. Attention multiplies BF16: queries, cached rows, the softmax's weights and `kv_b`.
     Native,
 }
 
@@ -125,7 +127,9 @@ pub struct CpuBackend {
     ropes: Vec<RopeTable>,
     buffers: Vec<Activations>,
     routings: Vec<RoutingRows>,
-    kv_bs: Vec<HostMatrix>,
+    kv_bs: Vec<kv_b::KvBFactor>,
+    kv_b_memory: huge::Arena,
+    attention: ops::mla::NativeScratch,
     caches: Vec<LatentCache>,
     reads: Vec<(Buffer, usize)>,
     step: StepInput,
@@ -168,6 +172,8 @@ impl CpuBackend {
             buffers: Vec::new(),
             routings: Vec::new(),
             kv_bs: Vec::new(),
+            kv_b_memory: huge::Arena::default(),
+            attention: ops::mla::NativeScratch::default(),
             caches: Vec::new(),
             reads: Vec::new(),
             step: StepInput::default(),
@@ -378,8 +384,18 @@ impl Backend for CpuBackend {
         let op = "load_kv_b";
         expect(op, "rows", shape.heads * (shape.nope + shape.value), matrix.rows())?;
         expect(op, "columns", shape.latent, matrix.cols())?;
-        self.make_room_for(&matrix)?;
-        Ok(KvB(push(&mut self.kv_bs, matrix)))
+        let factor = match self.precision {
+            Precision::Exact => {
+                self.make_room_for(&matrix)?;
+                kv_b::Factor::Stored(matrix)
+            }
+            Precision::Native => {
+                let packed = PackedKvB::new(&matrix, shape, &mut self.kv_b_memory, &mut self.pool)?;
+                kv_b::Factor::Packed(packed)
+            }
+        };
+        let factor = kv_b::KvBFactor { shape: *shape, factor };
+        Ok(KvB(push(&mut self.kv_bs, factor)))
     }
 
     fn load_rope(&mut self, inv_freq: &[f32], magnitude: f32) -> Result<Rope, Error> {

@@ -10,9 +10,12 @@ use oxseek_tensor::{
 };
 
 mod exact;
+mod native;
+
+pub(crate) use native::NativeScratch;
 
 use super::{matmul::Input, rope::rotate};
-use crate::{CpuBackend, memory::Shared, simd::WeightRef};
+use crate::{CpuBackend, cache::LatentRows, kv_b::Factor, memory::Shared, simd::WeightRef};
 
 /// Most heads of one row that a task attends with: they share each cache row that it reads.
 const HEADS_PER_TASK_MAX: usize = 8;
@@ -77,15 +80,35 @@ impl CpuBackend {
         let n = self.kv_bs.len();
         let missing = shape_error(op, "kv_b handle", n, kv_b.0 as usize);
         let w = self.kv_bs.get(kv_b.0 as usize).ok_or(missing)?;
-        expect(op, "kv_b rows", shape.heads * (shape.nope + shape.value), w.rows())?;
-        expect(op, "kv_b columns", shape.latent, w.cols())?;
-        let (kv_b, kv_b_bytes) = (WeightRef::new(w), w.total_bytes());
+        expect(op, "heads of kv_b", shape.heads, w.shape.heads)?;
+        expect(op, "nope of kv_b", shape.nope, w.shape.nope)?;
+        expect(op, "value of kv_b", shape.value, w.shape.value)?;
+        expect(op, "latent of kv_b", shape.latent, w.shape.latent)?;
         self.sized(op, q, self.rows(), shape.heads * (shape.nope + shape.rope))?;
         self.sized(op, out, self.rows(), shape.heads * shape.value)?;
-        let c = self.cache(op, cache, layer, shape)?;
-        let cache = c.layer(layer);
+        let cache = self.cache(op, cache, layer, shape)?.layer(layer);
         let rows: usize = self.step.segments.iter().map(|s| s.start + s.rows).sum();
-        self.profile.bytes += (kv_b_bytes + rows * cache.row_bytes) as u64;
+        self.profile.bytes += (rows * cache.row_bytes) as u64;
+        match &self.kv_bs[kv_b.0 as usize].factor {
+            Factor::Stored(w) => {
+                self.profile.bytes += w.total_bytes() as u64;
+                self.attend_exactly(shape, q, WeightRef::new(w), cache, out)
+            }
+            Factor::Packed(w) => {
+                self.profile.bytes += w.absorbed_bytes() as u64;
+                self.attend_natively(shape, q, w.panels(), cache, out)
+            }
+        }
+    }
+
+    fn attend_exactly(
+        &mut self,
+        shape: &MlaShape,
+        q: Buffer,
+        kv_b: WeightRef,
+        cache: LatentRows,
+        out: Buffer,
+    ) -> Result<(), Error> {
         self.count_to(self.rows().max(shape.heads));
         let tasks = self.attention_tasks(shape);
         let attention = exact::Attention {
