@@ -10,6 +10,7 @@ use oxseek_tensor::{
 };
 
 mod exact;
+mod expanded;
 mod native;
 
 pub(crate) use native::NativeScratch;

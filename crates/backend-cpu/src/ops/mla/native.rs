@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use oxseek_tensor::{
     Error,
-    backend::{BLOCK_TOKENS, Buffer, MlaShape},
+    backend::{AttendMode, BLOCK_TOKENS, Buffer, MlaShape, Segment},
 };
 
 use super::super::matmul::Input;
@@ -63,17 +63,17 @@ struct Work {
 }
 
 /// What all tasks read.
-struct Native<'a> {
-    shape: MlaShape,
-    kernels: &'static Kernels,
-    kv_b: KvBPanels,
-    cache: LatentRows,
-    blocks: &'a [u32],
+pub(super) struct Native<'a> {
+    pub(super) shape: MlaShape,
+    pub(super) kernels: &'static Kernels,
+    pub(super) kv_b: KvBPanels,
+    pub(super) cache: LatentRows,
+    pub(super) blocks: &'a [u32],
     rows: &'a [Row],
     q: Input,
     queries: Shared,
     found: Shared,
-    out: Shared,
+    pub(super) out: Shared,
 }
 
 impl CpuBackend {
@@ -87,14 +87,14 @@ impl CpuBackend {
     ) -> Result<(), Error> {
         let mut memory = std::mem::take(&mut self.attention);
         memory.rows.clear();
-        for s in &self.step.segments {
+        for s in self.step.segments.iter().filter(|s| s.mode == AttendMode::Absorbed) {
             for r in 0..s.rows {
                 let keys = s.start + r + 1;
                 memory.rows.push(Row { row: s.row + r, keys, first_block: s.first_block, slot: 0 });
             }
         }
         let sizes = Sizes::new(shape, cache.width);
-        let (mut first, mut result) = (0, Ok(()));
+        let (mut first, mut result) = (0, self.attend_expanded(shape, q, kv_b, cache, out));
         while first < memory.rows.len() && result.is_ok() {
             let n = sizes.place(&mut memory.rows[first..]);
             result = self.attend_rows(shape, q, kv_b, cache, out, &mut memory, first..first + n);
@@ -102,6 +102,36 @@ impl CpuBackend {
         }
         self.attention = memory;
         result
+    }
+
+    /// The segments whose rows attend to keys and values.
+    fn attend_expanded(
+        &mut self,
+        shape: &MlaShape,
+        q: Buffer,
+        kv_b: KvBPanels,
+        cache: LatentRows,
+        out: Buffer,
+    ) -> Result<(), Error> {
+        let expanded = |s: &&Segment| s.mode == AttendMode::Expanded;
+        let segments: Vec<Segment> = self.step.segments.iter().filter(expanded).copied().collect();
+        let native = Native {
+            shape: *shape,
+            kernels: self.kernels,
+            kv_b,
+            cache,
+            blocks: &self.step.blocks,
+            rows: &[],
+            q: Input(self.buffers[q.0 as usize].values.as_ptr()),
+            queries: Shared::new(&mut []),
+            found: Shared::new(&mut []),
+            out: Shared::new(&mut self.buffers[out.0 as usize].values),
+        };
+        let (scratch, heads) = (&self.scratch, shape.heads);
+        self.pool.run(segments.len() * heads, &|task, thread| {
+            // SAFETY: the pool gave this thread its number.
+            native.expanded(unsafe { scratch.of(thread) }, &segments[task / heads], task % heads);
+        })
     }
 
     fn attend_rows(
@@ -219,7 +249,7 @@ impl Native<'_> {
     }
 
     /// `softmax_scale * log2(e)`: scores become powers of two.
-    fn scale(&self) -> f32 {
+    pub(super) fn scale(&self) -> f32 {
         self.shape.softmax_scale * std::f32::consts::LOG2_E
     }
 
@@ -238,7 +268,7 @@ impl Native<'_> {
             let head = group * GROUP_ROWS + lane;
             if head < heads {
                 for (i, row) in self.rows[rows.clone()].iter().enumerate() {
-                    let q = self.query(row, head);
+                    let q = self.query(row.row, head);
                     scaled.iter_mut().zip(&q[..nope]).for_each(|(s, q)| *s = q * self.scale());
                     // SAFETY: the row has room for `nope` values in whole runs.
                     unsafe {
@@ -266,7 +296,7 @@ impl Native<'_> {
                 if head < heads {
                     let made = &mut made[i * made_stride..][..n];
                     if last {
-                        let q = &self.query(&self.rows[r], head)[nope..];
+                        let q = &self.query(self.rows[r].row, head)[nope..];
                         made[cols..].iter_mut().zip(q).for_each(|(m, q)| *m = q * self.scale());
                     }
                     // SAFETY: room for whole runs.
@@ -287,10 +317,10 @@ impl Native<'_> {
         }
     }
 
-    /// A head's query of a row.
-    fn query(&self, row: &Row, head: usize) -> &[f32] {
+    /// A head's query of a row of the step.
+    pub(super) fn query(&self, row: usize, head: usize) -> &[f32] {
         let width = self.shape.nope + self.shape.rope;
-        let at = self.q.get().wrapping_add((row.row * self.shape.heads + head) * width);
+        let at = self.q.get().wrapping_add((row * self.shape.heads + head) * width);
         // SAFETY: the buffer has the row, and nobody writes it during the fork.
         unsafe { std::slice::from_raw_parts(at, width) }
     }
@@ -343,7 +373,7 @@ impl Native<'_> {
     }
 
     /// `n` cached rows in BF16: where they lie, or decoded.
-    fn rows_of<'a>(
+    pub(super) fn rows_of<'a>(
         &self,
         blocks: &[u32],
         n: usize,
