@@ -5,6 +5,11 @@
 //! crosses lanes, the softmax runs lane by lane, and its weights come out where the sums over values want them. A row
 //! of the cache is read once for all queries.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "a tile's indices name rows and lanes, and closures lose the CPU features"
+)]
+
 use super::{Simd, elementwise::exp2, panel::Panel};
 use crate::packed::GROUP_ROWS;
 

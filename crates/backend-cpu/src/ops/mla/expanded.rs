@@ -2,8 +2,6 @@
 //!
 //! Keys and values of a chunk of positions are made once per head and step, and used by all rows of the segment.
 
-use std::ops::Range;
-
 use oxseek_tensor::{
     backend::{BLOCK_TOKENS, Segment},
     dtype::bf16_to_f32,
@@ -140,11 +138,10 @@ impl Native<'_> {
     /// The rope part of a latent row.
     fn copy_rope(&self, latents: Bf16Rows<'_>, j: usize, out: &mut [f32]) {
         let at = latents.runs[j / latents.run].wrapping_add(j % latents.run * latents.stride);
-        let rope: Range<usize> = 0..out.len();
-        for (i, o) in rope.zip(out) {
+        for (i, o) in out.iter_mut().enumerate() {
             // SAFETY: the row has `latent + rope` values.
-            let bits = unsafe { at.cast::<u16>().add(self.shape.latent + i).read_unaligned() };
-            *o = bf16_to_f32(bits);
+            let bits = unsafe { at.add((self.shape.latent + i) * 2).cast::<[u8; 2]>().read() };
+            *o = bf16_to_f32(u16::from_le_bytes(bits));
         }
     }
 }

@@ -47,7 +47,7 @@ pub(crate) struct NativeScratch {
 #[derive(Clone, Copy)]
 struct Row {
     /// In the step.
-    row: usize,
+    in_step: usize,
     /// Positions that it sees.
     keys: usize,
     first_block: usize,
@@ -90,7 +90,7 @@ impl CpuBackend {
         for s in self.step.segments.iter().filter(|s| s.mode == AttendMode::Absorbed) {
             for r in 0..s.rows {
                 let keys = s.start + r + 1;
-                memory.rows.push(Row { row: s.row + r, keys, first_block: s.first_block, slot: 0 });
+                memory.rows.push(Row { in_step: s.row + r, keys, first_block: s.first_block, slot: 0 });
             }
         }
         let sizes = Sizes::new(shape, cache.width);
@@ -268,7 +268,7 @@ impl Native<'_> {
             let head = group * GROUP_ROWS + lane;
             if head < heads {
                 for (i, row) in self.rows[rows.clone()].iter().enumerate() {
-                    let q = self.query(row.row, head);
+                    let q = self.query(row.in_step, head);
                     scaled.iter_mut().zip(&q[..nope]).for_each(|(s, q)| *s = q * self.scale());
                     // SAFETY: the row has room for `nope` values in whole runs.
                     unsafe {
@@ -296,7 +296,7 @@ impl Native<'_> {
                 if head < heads {
                     let made = &mut made[i * made_stride..][..n];
                     if last {
-                        let q = &self.query(self.rows[r].row, head)[nope..];
+                        let q = &self.query(self.rows[r].in_step, head)[nope..];
                         made[cols..].iter_mut().zip(q).for_each(|(m, q)| *m = q * self.scale());
                     }
                     // SAFETY: room for whole runs.
@@ -444,7 +444,7 @@ impl Native<'_> {
         // SAFETY: the head's panel; the rows hold `latent` values, padded with zeros.
         unsafe { (self.kernels.dot_rows)(&d) };
         for (made, row) in made.chunks_exact(value).zip(&self.rows[rows]) {
-            let out = self.out.at((row.row * heads + head) * value);
+            let out = self.out.at((row.in_step * heads + head) * value);
             // SAFETY: only this task writes this head's output of these rows.
             unsafe { std::ptr::copy_nonoverlapping(made.as_ptr(), out, value) };
         }

@@ -1,5 +1,7 @@
 //! Sixteen lanes in arrays.
 
+use oxseek_tensor::dtype::bf16_to_f32;
+
 use super::Lanes;
 use crate::simd::panel::{Panel, portable::P};
 
@@ -13,11 +15,10 @@ impl Lanes for P {
     }
     #[inline(always)]
     unsafe fn interleave(a: *const u8, b: *const u8) -> <P as Panel>::W {
-        // SAFETY: above.
         [a, b].map(|p| {
-            std::array::from_fn(|i| {
-                f32::from_bits(u32::from(unsafe { p.cast::<u16>().add(i).read_unaligned() }) << 16)
-            })
+            // SAFETY: above.
+            let halves = unsafe { p.cast::<[[u8; 2]; 16]>().read() };
+            halves.map(|h| bf16_to_f32(u16::from_le_bytes(h)))
         })
     }
 }
