@@ -207,6 +207,13 @@ unsafe fn add_units<P: Lanes, const G: usize, const T: usize, const U: usize>(
                 units[i][k] = P::load_bf16(w.add((i * d.units + u + k) * 64));
             }
         }
+        if T == 16 {
+            // Sixteen rows are as many cache lines as they have units: each unit asks for one of the rows to come,
+            // which sixteen streams side by side would wait for.
+            for k in 0..U {
+                P::prefetch(x.wrapping_add(T * d.rows.stride + (u + k) * 64));
+            }
+        }
         for j in 0..T {
             let x = x.add(j * d.rows.stride + u * 4);
             for k in 0..U {
