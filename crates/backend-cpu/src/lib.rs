@@ -7,8 +7,10 @@
 #![deny(unsafe_code)]
 
 mod bandwidth;
+mod cache;
 mod detect;
 mod huge;
+mod kv_b;
 mod matrix;
 mod memory;
 mod ops;
@@ -24,14 +26,16 @@ use std::task::{Context, Poll};
 use oxseek_tensor::{
     Backend, DType, Error, HostMatrix,
     backend::{
-        BLOCK_TOKENS, Buffer, Cache, CacheShape, DeviceInfo, ExpertMatrices, Experts, MlaShape, Mlp, OpCost,
-        Read, Rope, RouterShape, Routing, StepInput, Vector, Weight,
+        BLOCK_TOKENS, Buffer, Cache, CacheShape, DeviceInfo, ExpertMatrices, Experts, KvB, MlaShape, Mlp,
+        OpCost, Read, Rope, RouterShape, Routing, StepInput, Vector, Weight,
     },
     error::{at_most, expect, shape_error},
 };
 
 pub use bandwidth::read_bandwidth;
+use cache::LatentCache;
 pub use detect::Level;
+use kv_b::PackedKvB;
 use matrix::{Matrix, MatrixRef};
 use memory::PerThread;
 use packed::PackedFormat;
@@ -62,8 +66,8 @@ pub enum Precision {
     #[default]
     Exact,
     /// Activations are rounded to what the CPU multiplies fastest with the weights' format: BF16 for BF16 and FP8
-    /// weights (as PyTorch runs them), 8 bits with a scale per 128 columns for block formats. F32 and F16 weights,
-    /// the router and attention stay exact.
+    /// weights (as PyTorch runs them), 8 bits with a scale per 128 columns for block formats. F32 and F16 weights and
+    /// the router stay exact. Attention multiplies BF16: queries, cached rows, the softmax's weights and `kv_b`.
     Native,
 }
 
@@ -98,21 +102,6 @@ struct RoutingRows {
     weights: Vec<f32>,
 }
 
-struct LatentCache {
-    shape: CacheShape,
-    /// `[layers][blocks][BLOCK_TOKENS][latent + rope]`
-    values: Vec<f32>,
-}
-
-impl LatentCache {
-    fn width(&self) -> usize {
-        self.shape.latent + self.shape.rope
-    }
-    fn offset(&self, layer: usize, block: u32, slot: usize) -> usize {
-        ((layer * self.shape.blocks + block as usize) * BLOCK_TOKENS + slot) * self.width()
-    }
-}
-
 struct RopeTable {
     inv_freq: Vec<f32>,
     magnitude: f32,
@@ -138,6 +127,9 @@ pub struct CpuBackend {
     ropes: Vec<RopeTable>,
     buffers: Vec<Activations>,
     routings: Vec<RoutingRows>,
+    kv_bs: Vec<kv_b::KvBFactor>,
+    kv_b_memory: huge::Arena,
+    attention: ops::mla::NativeScratch,
     caches: Vec<LatentCache>,
     reads: Vec<(Buffer, usize)>,
     step: StepInput,
@@ -179,6 +171,9 @@ impl CpuBackend {
             ropes: Vec::new(),
             buffers: Vec::new(),
             routings: Vec::new(),
+            kv_bs: Vec::new(),
+            kv_b_memory: huge::Arena::default(),
+            attention: ops::mla::NativeScratch::default(),
             caches: Vec::new(),
             reads: Vec::new(),
             step: StepInput::default(),
@@ -206,8 +201,8 @@ impl CpuBackend {
         self.step.tokens.len()
     }
 
-    /// Takes a weight if the kernels can, and makes room to decode or pack its rows.
-    fn admit(&mut self, m: HostMatrix) -> Result<usize, Error> {
+    /// Refuses a weight that the kernels cannot take, and makes room to decode or pack its rows.
+    fn make_room_for(&mut self, m: &HostMatrix) -> Result<(), Error> {
         if m.rows() == 0 || m.cols() == 0 {
             return Err(shape_error("load_matrix", "elements", 1, 0));
         }
@@ -220,6 +215,12 @@ impl CpuBackend {
             self.panel_len = self.panel_len.max(PANEL_VALUES).max(rows);
             self.scratch.grow_panels(self.panel_len);
         }
+        Ok(())
+    }
+
+    /// Takes a weight.
+    fn admit(&mut self, m: HostMatrix) -> Result<usize, Error> {
+        self.make_room_for(&m)?;
         let format = match self.precision {
             Precision::Exact => None,
             Precision::Native => PackedFormat::of(m.dtype()),
@@ -379,6 +380,24 @@ impl Backend for CpuBackend {
         Ok(Experts(push(&mut self.experts, rows)))
     }
 
+    fn load_kv_b(&mut self, shape: &MlaShape, matrix: HostMatrix) -> Result<KvB, Error> {
+        let op = "load_kv_b";
+        expect(op, "rows", shape.heads * (shape.nope + shape.value), matrix.rows())?;
+        expect(op, "columns", shape.latent, matrix.cols())?;
+        let factor = match self.precision {
+            Precision::Exact => {
+                self.make_room_for(&matrix)?;
+                kv_b::Factor::Stored(matrix)
+            }
+            Precision::Native => {
+                let packed = PackedKvB::new(&matrix, shape, &mut self.kv_b_memory, &mut self.pool)?;
+                kv_b::Factor::Packed(packed)
+            }
+        };
+        let factor = kv_b::KvBFactor { shape: *shape, factor };
+        Ok(KvB(push(&mut self.kv_bs, factor)))
+    }
+
     fn load_rope(&mut self, inv_freq: &[f32], magnitude: f32) -> Result<Rope, Error> {
         let table = RopeTable { inv_freq: inv_freq.to_vec(), magnitude, rows: Vec::new(), step: 0 };
         Ok(Rope(push(&mut self.ropes, table)))
@@ -396,9 +415,7 @@ impl Backend for CpuBackend {
     }
 
     fn alloc_cache(&mut self, shape: CacheShape) -> Result<Cache, Error> {
-        let width = shape.latent.checked_add(shape.rope).ok_or(Error::Overflow { what: "latent cache" })?;
-        let values = zeroed("latent cache", &[shape.layers, shape.blocks, BLOCK_TOKENS, width])?;
-        Ok(Cache(push(&mut self.caches, LatentCache { shape, values })))
+        Ok(Cache(push(&mut self.caches, LatentCache::new(shape)?)))
     }
 
     fn take_profile(&mut self) -> Vec<OpCost> {
@@ -471,7 +488,7 @@ impl Backend for CpuBackend {
         &mut self,
         shape: &MlaShape,
         q: Buffer,
-        kv_b: Weight,
+        kv_b: KvB,
         cache: Cache,
         layer: usize,
         out: Buffer,
@@ -551,11 +568,7 @@ impl Backend for CpuBackend {
         let missing = shape_error(op, "cache handle", n, cache.0 as usize);
         let cache = self.caches.get_mut(cache.0 as usize).ok_or(missing)?;
         at_most(op, "block id", cache.shape.blocks - 1, from.max(to) as usize)?;
-        let n = BLOCK_TOKENS * cache.width();
-        for layer in 0..cache.shape.layers {
-            let (from, to) = (cache.offset(layer, from, 0), cache.offset(layer, to, 0));
-            cache.values.copy_within(from..from + n, to);
-        }
+        cache.copy_block(from, to);
         Ok(())
     }
 

@@ -24,6 +24,26 @@ impl Shared {
     }
 }
 
+/// The same for bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct Bytes(*mut u8);
+
+// SAFETY: it is only a place; whoever reads or writes through it says why that is sound.
+unsafe impl Send for Bytes {}
+// SAFETY: as above.
+unsafe impl Sync for Bytes {}
+
+impl Bytes {
+    pub(crate) fn new(bytes: &mut [u8]) -> Self {
+        Self(bytes.as_mut_ptr())
+    }
+
+    /// The place `offset` bytes further.
+    pub(crate) fn at(self, offset: usize) -> *mut u8 {
+        self.0.wrapping_add(offset)
+    }
+}
+
 /// Scratch of one thread, grown to what the largest op needed and kept.
 #[derive(Default)]
 pub(crate) struct Scratch {

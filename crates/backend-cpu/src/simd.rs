@@ -12,6 +12,7 @@
 #![allow(clippy::cast_ptr_alignment, reason = "words of packed weights are read unaligned")]
 #![allow(clippy::missing_safety_doc, reason = "the trait and the kernel tables state it once")]
 
+pub(crate) mod attention;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -40,6 +41,8 @@ pub(crate) struct Kernels {
     pub(crate) silu_mul: unsafe fn(*const f32, *const f32, *mut f32, usize),
     pub(crate) rms_norm: unsafe fn(*const f32, *const f32, f32, *mut f32, usize),
     pub(crate) panel_gemm: unsafe fn(&PanelGemm<'_>),
+    pub(crate) dot_rows: unsafe fn(&attention::DotRows<'_>),
+    pub(crate) attend_chunk: unsafe fn(&attention::AttendChunk<'_>),
     round: unsafe fn(Rounding, *const f32, usize, *mut f32),
     /// Most tokens of a tile of `panel_gemm`, by [`Rounding`].
     tile_tokens: [usize; 2],
@@ -98,7 +101,7 @@ pub(crate) trait Simd: Copy {
 macro_rules! kernels {
     ($simd:ty, $panel:ty $(, $features:literal)?) => {
         use super::{Gemm, Kernels, PanelGemm, WeightRef, WeightedRows, elementwise, gemm as algorithm};
-        use super::{panel, rounding};
+        use super::{attention, panel, rounding};
 
         $(#[target_feature(enable = $features)])?
         unsafe fn gemm(g: &Gemm<'_>) {
@@ -153,6 +156,17 @@ macro_rules! kernels {
             unsafe { rounding::round(rounding, x, n, out) }
         }
 
+        $(#[target_feature(enable = $features)])?
+        unsafe fn dot_rows(d: &attention::DotRows<'_>) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { attention::dot_rows::<$panel>(d) }
+        }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn attend_chunk(c: &attention::AttendChunk<'_>) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { attention::attend_chunk::<$simd, $panel>(c) }
+        }
+
         /// This level's kernels.
         pub(crate) static KERNELS: Kernels = Kernels {
             gemm,
@@ -163,6 +177,8 @@ macro_rules! kernels {
             silu_mul,
             rms_norm,
             panel_gemm,
+            dot_rows,
+            attend_chunk,
             round,
             tile_tokens: panel::tile_tokens::<$panel>(),
         };

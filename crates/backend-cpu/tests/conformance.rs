@@ -115,6 +115,23 @@ fn native_products_are_those_of_the_rounded_activations() {
     }
 }
 
+/// Attention in BF16 is that of the reference, within what rounding costs.
+#[test]
+fn native_attention_is_near_the_reference() {
+    for level in Level::available() {
+        for threads in [1, 3] {
+            let mut make = || {
+                let options =
+                    CpuOptions { threads: Some(threads), level: Some(level), precision: Precision::Native };
+                Box::new(CpuBackend::new(options).unwrap()) as Box<dyn Backend>
+            };
+            let report = conformance::check_rounded_attention(&mut make, 7, 0.1);
+            println!("{level}, {threads} threads: {:?}", report.closest());
+            assert_eq!(report.failures().count(), 0, "{level}, {threads} threads\n{report}");
+        }
+    }
+}
+
 #[test]
 fn native_rows_do_not_depend_on_their_neighbours() {
     for level in Level::available() {

@@ -11,7 +11,7 @@ mod scratch;
 mod segments;
 
 use oxseek_tensor::{
-    Backend,
+    Backend, CacheFormat,
     backend::{BLOCK_TOKENS, Cache, DeviceInfo, MlaShape, OpCost, StepInput, Vector, Weight, read_now},
 };
 use oxseek_weights::{Checkpoint, ModelConfig};
@@ -51,6 +51,8 @@ pub struct LoadOptions {
     pub step_rows_max: usize,
     /// Most rows of logits in one step.
     pub logit_rows_max: usize,
+    /// How the latent cache is stored.
+    pub cache_format: CacheFormat,
 }
 
 /// A model of the DeepSeek family on a backend.
@@ -107,7 +109,7 @@ impl DeepSeek {
         let final_norm = l.vector("model.norm.weight", hidden)?;
         let head =
             if config.tie_word_embeddings { embed } else { l.matrix("lm_head.weight", vocab, hidden)? };
-        let cache = b.alloc_cache(cache_shape(&config, options.cache_blocks))?;
+        let cache = b.alloc_cache(cache_shape(&config, options.cache_blocks, options.cache_format))?;
         let scratch = Scratch::new(b, &config, &options)?;
         Ok(Self {
             shape: mla_shape(&config),

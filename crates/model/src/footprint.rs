@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use oxseek_tensor::CacheFormat;
 use oxseek_weights::{Checkpoint, TensorInfo};
 
 use crate::kv;
@@ -26,10 +27,10 @@ pub struct Footprint {
 }
 
 impl Footprint {
-    /// Reads the sizes off a checkpoint's headers.
-    pub fn of(checkpoint: &Checkpoint) -> Self {
+    /// Reads the sizes off a checkpoint's headers, for a cache in `format`.
+    pub fn of(checkpoint: &Checkpoint, format: CacheFormat) -> Self {
         let mut all = Self {
-            cache_bytes_per_token: kv::bytes_per_token(checkpoint.config()) as u64,
+            cache_bytes_per_token: kv::bytes_per_token(checkpoint.config(), format),
             made_bytes: checkpoint.made_bytes(),
             ..Self::default()
         };

@@ -4,7 +4,7 @@ use std::{net::IpAddr, path::PathBuf};
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use oxseek_backend_cpu::{Level, Precision};
-use oxseek_tensor::DType;
+use oxseek_tensor::{CacheFormat, DType};
 
 use crate::{formats, quantize::Target};
 
@@ -56,6 +56,9 @@ pub struct ModelArgs {
     /// with the weights' format (BF16, or 8 bits per 128 columns)
     #[arg(long, env = "OXSEEK_PRECISION", value_enum, default_value_t = PrecisionArg::Native)]
     pub precision: PrecisionArg,
+    /// How the latent cache is stored; default: f32 with exact precision, bf16 with native
+    #[arg(long, env = "OXSEEK_CACHE_TYPE", value_enum)]
+    pub cache_type: Option<CacheTypeArg>,
     /// Longest conversation in tokens, answer included; default: the model's own, at most 4096
     #[arg(short, long, env = "OXSEEK_CTX", value_name = "TOKENS")]
     pub ctx: Option<usize>,
@@ -73,6 +76,30 @@ impl From<PrecisionArg> for Precision {
         match p {
             PrecisionArg::Exact => Self::Exact,
             PrecisionArg::Native => Self::Native,
+        }
+    }
+}
+
+/// [`CacheFormat`] on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum CacheTypeArg {
+    F32,
+    Bf16,
+    F16,
+    #[value(name = "q8_0")]
+    Q8_0,
+    Fp8,
+}
+
+impl ModelArgs {
+    /// How the latent cache is stored.
+    pub fn cache_format(&self) -> CacheFormat {
+        match (self.cache_type, self.precision) {
+            (None, PrecisionArg::Exact) | (Some(CacheTypeArg::F32), _) => CacheFormat::F32,
+            (None, PrecisionArg::Native) | (Some(CacheTypeArg::Bf16), _) => CacheFormat::Bf16,
+            (Some(CacheTypeArg::F16), _) => CacheFormat::F16,
+            (Some(CacheTypeArg::Q8_0), _) => CacheFormat::Q8_0,
+            (Some(CacheTypeArg::Fp8), _) => CacheFormat::Fp8,
         }
     }
 }

@@ -30,7 +30,7 @@ struct Row {
 /// Measures and prints the table.
 pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     let (name, checkpoint) = open_checkpoint(args.model.model.as_deref())?;
-    let footprint = Footprint::of(&checkpoint);
+    let footprint = Footprint::of(&checkpoint, args.model.cache_format());
     let (prompt, generate) = (args.prompt as usize, args.generate as usize);
     let batch_max = args.batch.iter().copied().max().map_or(1, usize::from);
     let tokens = prompt.max(generate) + 1;
@@ -45,6 +45,7 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
         cache_blocks: batch_max * blocks_for(tokens),
         step_rows_max: STEP_ROWS_MAX.max(batch_max),
         logit_rows_max: batch_max,
+        cache_format: args.model.cache_format(),
     };
     let mut model = DeepSeek::load(&checkpoint, Box::new(backend), options, &mut |_, _| {})
         .map_err(|e| Failure::Model(e.to_string()))?;

@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use oxseek_model::Footprint;
-use oxseek_tensor::backend::Scoring;
+use oxseek_tensor::{CacheFormat, backend::Scoring};
 use oxseek_weights::{Checkpoint, ModelConfig, TopkMethod};
 
 use crate::{args::InspectArgs, failure::Failure, open::open_checkpoint};
@@ -12,7 +12,7 @@ use crate::{args::InspectArgs, failure::Failure, open::open_checkpoint};
 pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     let (name, checkpoint) = open_checkpoint(args.model.as_deref())?;
     let mut out = std::io::stdout().lock();
-    let footprint = Footprint::of(&checkpoint);
+    let footprint = Footprint::of(&checkpoint, CacheFormat::Bf16);
     for (label, value) in architecture(&name, checkpoint.config()).iter().chain(&sizes(&footprint)) {
         writeln!(out, "{label:<22} {value}")?;
     }
@@ -87,7 +87,7 @@ fn sizes(f: &Footprint) -> Vec<Line> {
     }
     lines.push(("weights in all", size(f.bytes_by_format.values().sum())));
     lines.push(("read per token", size(f.bytes_per_token)));
-    lines.push(("cache per token", size(f.cache_bytes_per_token)));
+    lines.push(("cache per token", format!("{} in BF16", size(f.cache_bytes_per_token))));
     lines
 }
 

@@ -114,6 +114,7 @@ pub fn start_engine(
         cache_blocks: parallel * blocks_for(context),
         step_rows_max: STEP_ROWS_MAX.max(parallel),
         logit_rows_max: parallel,
+        cache_format: args.cache_format(),
     };
     let bar = LoadBar::new();
     let model =

@@ -4,6 +4,7 @@
 use std::fmt;
 
 use oxseek_model::{DeepSeek, LanguageModel as _, LoadOptions, LogitRows};
+use oxseek_tensor::CacheFormat;
 use oxseek_weights::Checkpoint;
 
 use crate::{
@@ -61,8 +62,10 @@ pub fn check(
         cache_blocks: TOKENS_MAX.div_ceil(64),
         step_rows_max: TOKENS_MAX,
         logit_rows_max: TOKENS_MAX,
+        cache_format: CacheFormat::F32,
     };
     let mut exact = DeepSeek::load(checkpoint, exact()?, options, &mut |_, _| {})?;
+    let options = LoadOptions { cache_format: CacheFormat::Bf16, ..options };
     let mut native = DeepSeek::load(checkpoint, native()?, options, &mut |_, _| {})?;
     compare(&mut exact, &mut native, golden)
 }
@@ -83,6 +86,7 @@ pub fn check_format(
         cache_blocks: TOKENS_MAX.div_ceil(64),
         step_rows_max: TOKENS_MAX,
         logit_rows_max: TOKENS_MAX,
+        cache_format: CacheFormat::F32,
     };
     let mut exact = DeepSeek::load(exact, make()?, options, &mut |_, _| {})?;
     let mut other = DeepSeek::load(other, make()?, options, &mut |_, _| {})?;

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use oxseek_model::{DeepSeek, LoadOptions, LogitRows};
+use oxseek_tensor::CacheFormat;
 use oxseek_weights::Checkpoint;
 
 use crate::{
@@ -68,6 +69,7 @@ pub fn check(
         cache_blocks: 24,
         step_rows_max: CHUNK_TOKENS,
         logit_rows_max: 1,
+        cache_format: CacheFormat::F32,
     };
     let mut model = DeepSeek::load(checkpoint, make()?, options, &mut |_, _| {})?;
     PROMPTS.iter().map(|name| prompt(&mut model, golden, name)).collect()

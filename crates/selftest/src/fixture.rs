@@ -3,6 +3,7 @@
 use std::{fmt, path::Path};
 
 use oxseek_model::{Batch, DeepSeek, LanguageModel, LoadOptions, LogitRows};
+use oxseek_tensor::CacheFormat;
 
 use crate::{
     Error, MakeBackend,
@@ -105,8 +106,13 @@ impl fmt::Display for Figures {
 pub fn check(folder: &Path, make: &mut MakeBackend<'_>) -> Result<Figures, Error> {
     let checkpoint = open_checkpoint(folder)?;
     let golden = Golden::open(&folder.join("golden.safetensors"))?;
-    let options =
-        LoadOptions { context_tokens_max: 512, cache_blocks: 16, step_rows_max: 192, logit_rows_max: 192 };
+    let options = LoadOptions {
+        context_tokens_max: 512,
+        cache_blocks: 16,
+        step_rows_max: 192,
+        logit_rows_max: 192,
+        cache_format: CacheFormat::F32,
+    };
     let mut model = DeepSeek::load(&checkpoint, make()?, options, &mut |_, _| {})?;
     let fp8 = checkpoint.tensors().any(|t| t.dtype == "F8_E4M3");
     let name = folder.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();

@@ -15,7 +15,7 @@
 use std::task::{Context, Poll};
 
 use crate::{
-    Error, HostMatrix,
+    CacheFormat, Error, HostMatrix,
     error::{at_most, expect, shape_error},
 };
 
@@ -48,6 +48,10 @@ handle!(
 handle!(
     /// Chosen experts and their weights, `[rows_max, top_k]` each.
     Routing
+);
+handle!(
+    /// What makes keys and values of one layer from latent rows.
+    KvB
 );
 handle!(
     /// The paged latent cache of all layers.
@@ -104,6 +108,29 @@ pub struct CacheShape {
     pub latent: usize,
     /// `qk_rope_head_dim`
     pub rope: usize,
+    /// How rows are stored: what is read back is what the format could keep.
+    pub format: CacheFormat,
+}
+
+impl CacheShape {
+    /// Bytes of one row.
+    ///
+    /// # Errors
+    /// [`Error::Overflow`]
+    pub fn row_bytes(&self) -> Result<usize, Error> {
+        self.format.row_bytes(self.latent, self.rope)
+    }
+
+    /// Bytes of the whole cache.
+    ///
+    /// # Errors
+    /// [`Error::Overflow`]
+    pub fn bytes(&self) -> Result<usize, Error> {
+        [self.layers, self.blocks, BLOCK_TOKENS]
+            .into_iter()
+            .try_fold(self.row_bytes()?, usize::checked_mul)
+            .ok_or(Error::Overflow { what: "latent cache" })
+    }
 }
 
 /// Sizes of multi-head latent attention (DeepSeek-V2 paper, section 2.1).
@@ -270,6 +297,9 @@ pub trait Backend: Send {
     /// Takes the routed experts of one layer, ordered by expert id.
     fn load_experts(&mut self, experts: Vec<ExpertMatrices>) -> Result<Experts, Error>;
 
+    /// Takes a layer's `kv_b`, `[H*(dn+dv), kl]`: per head `dn` key rows and then `dv` value rows.
+    fn load_kv_b(&mut self, shape: &MlaShape, matrix: HostMatrix) -> Result<KvB, Error>;
+
     /// Takes rotary frequencies: pair `i` at position `p` turns by `p as f32 * inv_freq[i]`; cos and sin are
     /// multiplied by `magnitude`.
     fn load_rope(&mut self, inv_freq: &[f32], magnitude: f32) -> Result<Rope, Error>;
@@ -280,7 +310,7 @@ pub trait Backend: Send {
     /// Makes a buffer for the choices of a router.
     fn alloc_routing(&mut self, rows_max: usize, top_k: usize) -> Result<Routing, Error>;
 
-    /// Makes the paged latent cache.
+    /// Makes the paged latent cache, zeroed.
     fn alloc_cache(&mut self, shape: CacheShape) -> Result<Cache, Error>;
 
     /// What each op has cost since the last call; empty when the backend does not measure.
@@ -320,7 +350,7 @@ pub trait Backend: Send {
     fn rope_queries(&mut self, shape: &MlaShape, rope: Rope, q: Buffer) -> Result<(), Error>;
 
     /// Writes one cache row per token: `kv` is `[T, kl+dr]` (latent first); the latent is RMS-normed with
-    /// `weight` and `eps`, the rope part is rotated.
+    /// `weight` and `eps`, the rope part is rotated, and the row is rounded to the cache's format.
     fn mla_append(
         &mut self,
         shape: &MlaShape,
@@ -332,13 +362,12 @@ pub trait Backend: Send {
         layer: usize,
     ) -> Result<(), Error>;
 
-    /// Causal attention of `q` `[T, H*(dn+dr)]` (rotated) over the cache, with `kv_b` `[H*(dn+dv), kl]`, per
-    /// head `dn` key rows and then `dv` value rows; `out` is `[T, H*dv]`.
+    /// Causal attention of `q` `[T, H*(dn+dr)]` (rotated) over the cache; `out` is `[T, H*dv]`.
     fn mla_attend(
         &mut self,
         shape: &MlaShape,
         q: Buffer,
-        kv_b: Weight,
+        kv_b: KvB,
         cache: Cache,
         layer: usize,
         out: Buffer,

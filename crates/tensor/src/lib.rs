@@ -10,6 +10,7 @@
 
 pub mod backend;
 pub mod blocks;
+pub mod cache;
 pub mod conformance;
 pub mod dtype;
 pub mod error;
@@ -17,6 +18,7 @@ pub mod matrix;
 pub mod reference;
 
 pub use backend::Backend;
+pub use cache::CacheFormat;
 pub use dtype::DType;
 pub use error::Error;
 pub use matrix::{ByteRegion, HostMatrix};

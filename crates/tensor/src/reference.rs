@@ -14,8 +14,8 @@ use std::task::{Context, Poll};
 use crate::{
     Backend, Error, HostMatrix,
     backend::{
-        BLOCK_TOKENS, Buffer, Cache, CacheShape, DeviceInfo, ExpertMatrices, Experts, MlaShape, Mlp, Read,
-        Rope, RouterShape, Routing, Segment, StepInput, Vector, Weight,
+        BLOCK_TOKENS, Buffer, Cache, CacheShape, DeviceInfo, ExpertMatrices, Experts, KvB, MlaShape, Mlp,
+        Read, Rope, RouterShape, Routing, Segment, StepInput, Vector, Weight,
     },
     error::{at_most, expect, shape_error},
 };
@@ -72,13 +72,21 @@ struct RoutingRows {
 
 struct LatentCache {
     shape: CacheShape,
-    /// `[layers][blocks][BLOCK_TOKENS][latent + rope]`
+    /// `[layers][blocks][BLOCK_TOKENS][latent + rope]`, as the cache's format gives them back.
     values: Vec<f32>,
 }
 
 impl LatentCache {
     fn width(&self) -> usize {
         self.shape.latent + self.shape.rope
+    }
+    /// What the cache's format keeps of a row.
+    fn rounded(&self, row: &[f32]) -> Result<Vec<f32>, Error> {
+        let (format, latent) = (self.shape.format, self.shape.latent);
+        let (mut bytes, mut back) = (vec![0; self.shape.row_bytes()?], vec![0.0; row.len()]);
+        format.encode_row(row, latent, &mut bytes);
+        format.decode_row(&bytes, latent, &mut back);
+        Ok(back)
     }
     fn offset(&self, layer: usize, block: u32, slot: usize) -> usize {
         ((layer * self.shape.blocks + block as usize) * BLOCK_TOKENS + slot) * self.width()
@@ -202,6 +210,13 @@ impl Backend for ReferenceBackend {
         Ok(Experts(push(&mut self.experts, experts.iter().map(expand).collect())))
     }
 
+    fn load_kv_b(&mut self, shape: &MlaShape, matrix: HostMatrix) -> Result<KvB, Error> {
+        let op = "load_kv_b";
+        expect(op, "rows", shape.heads * (shape.nope + shape.value), matrix.rows())?;
+        expect(op, "columns", shape.latent, matrix.cols())?;
+        Ok(KvB(self.load_matrix(matrix)?.0))
+    }
+
     fn load_rope(&mut self, inv_freq: &[f32], magnitude: f32) -> Result<Rope, Error> {
         Ok(Rope(push(&mut self.ropes, RopeTable { inv_freq: inv_freq.to_vec(), magnitude })))
     }
@@ -286,7 +301,7 @@ impl Backend for ReferenceBackend {
         &mut self,
         shape: &MlaShape,
         q: Buffer,
-        kv_b: Weight,
+        kv_b: KvB,
         cache: Cache,
         layer: usize,
         out: Buffer,

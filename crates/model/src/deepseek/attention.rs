@@ -2,7 +2,7 @@
 
 use oxseek_tensor::{
     Backend, Error,
-    backend::{Cache, MlaShape, Rope, Vector, Weight},
+    backend::{Cache, KvB, MlaShape, Rope, Vector, Weight},
 };
 
 use super::{
@@ -21,7 +21,7 @@ pub(super) struct Attention {
     kv_a: Weight,
     kv_a_norm: Vector,
     /// `[H*(dn+dv), kl]`: per head, key rows and then value rows.
-    kv_b: Weight,
+    kv_b: KvB,
     /// `[D, H*dv]`
     output: Weight,
 }
@@ -61,7 +61,7 @@ impl Attention {
             query,
             kv_a: l.matrix(&name("kv_a_proj_with_mqa"), shape.latent + shape.rope, hidden)?,
             kv_a_norm: l.vector(&name("kv_a_layernorm"), shape.latent)?,
-            kv_b: l.matrix(&name("kv_b_proj"), shape.heads * (shape.nope + shape.value), shape.latent)?,
+            kv_b: l.kv_b(&name("kv_b_proj"), &shape)?,
             output: l.matrix(&name("o_proj"), hidden, shape.heads * shape.value)?,
         })
     }

@@ -2,7 +2,7 @@
 
 use oxseek_tensor::{
     Backend, HostMatrix,
-    backend::{Vector, Weight},
+    backend::{KvB, MlaShape, Vector, Weight},
 };
 use oxseek_weights::{Checkpoint, ModelConfig};
 
@@ -30,6 +30,11 @@ impl<'a> Loader<'a> {
 
     pub(super) fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<Weight, LoadError> {
         Ok(self.backend.load_matrix(self.checkpoint.matrix(name, rows, cols)?)?)
+    }
+
+    pub(super) fn kv_b(&mut self, name: &str, shape: &MlaShape) -> Result<KvB, LoadError> {
+        let rows = shape.heads * (shape.nope + shape.value);
+        Ok(self.backend.load_kv_b(shape, self.checkpoint.matrix(name, rows, shape.latent)?)?)
     }
 
     pub(super) fn vector(&mut self, name: &str, len: usize) -> Result<Vector, LoadError> {

@@ -13,6 +13,7 @@ use oxseek_backend_cpu::{CpuBackend, CpuOptions};
 use oxseek_engine::{Engine, EngineHandle, EngineOptions, Sampling};
 use oxseek_model::{DeepSeek, LoadOptions, kv::blocks_for};
 use oxseek_server::{AppState, Model};
+use oxseek_tensor::CacheFormat;
 use oxseek_text::{ChatTemplate, Tokenizer};
 use oxseek_weights::Checkpoint;
 use serde_json::Value;
@@ -62,6 +63,7 @@ impl Server {
             cache_blocks: parallel * blocks_for(CONTEXT_TOKENS),
             step_rows_max: 64,
             logit_rows_max: parallel,
+            cache_format: CacheFormat::F32,
         };
         let model = DeepSeek::load(&checkpoint, Box::new(backend), options, &mut |_, _| {}).unwrap();
         let config = checkpoint.config();

@@ -2,7 +2,7 @@
 
 use super::{buffer_of, plain_step};
 use crate::{
-    Backend, Error, HostMatrix,
+    Backend, CacheFormat, Error, HostMatrix,
     backend::{
         AttendMode, Buffer, Cache, CacheShape, GroupScore, MlaShape, RouterShape, Scoring, Segment,
         StepInput, Weight,
@@ -58,7 +58,13 @@ pub(super) fn cases() -> Vec<Refusal> {
         ("a layer past the cache", |b| append(b, 0, 3)),
         ("an unknown cache", |b| b.copy_block(Cache(5), 0, 0)),
         ("copying a block past the cache", |b| {
-            let cache = b.alloc_cache(CacheShape { layers: 1, blocks: 2, latent: 2, rope: 2 })?;
+            let cache = b.alloc_cache(CacheShape {
+                layers: 1,
+                blocks: 2,
+                latent: 2,
+                rope: 2,
+                format: CacheFormat::F32,
+            })?;
             b.copy_block(cache, 0, 2)
         }),
         ("values that are no whole rows", |b| {
@@ -99,7 +105,8 @@ pub(super) fn cases() -> Vec<Refusal> {
 
 fn append(b: &mut dyn Backend, block: u32, layer: usize) -> Result<(), Error> {
     let shape = MlaShape { heads: 1, nope: 2, rope: 2, value: 2, latent: 2, softmax_scale: 1.0 };
-    let cache = b.alloc_cache(CacheShape { layers: 3, blocks: 7, latent: 2, rope: 2 })?;
+    let cache =
+        b.alloc_cache(CacheShape { layers: 3, blocks: 7, latent: 2, rope: 2, format: CacheFormat::F32 })?;
     let norm = b.load_vector(&[1.0; 2])?;
     let rope = b.load_rope(&[1.0], 1.0)?;
     let kv = b.alloc(1, 4)?;

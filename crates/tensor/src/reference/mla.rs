@@ -4,7 +4,7 @@
 use super::{Matrix, ReferenceBackend, matmul::dot, norm::rms, rope::rotate};
 use crate::{
     Error,
-    backend::{AttendMode, BLOCK_TOKENS, Buffer, Cache, MlaShape, Rope, Segment, Vector, Weight},
+    backend::{AttendMode, BLOCK_TOKENS, Buffer, Cache, KvB, MlaShape, Rope, Segment, Vector, Weight},
     error::expect,
 };
 
@@ -34,7 +34,7 @@ impl ReferenceBackend {
             row.extend_from_slice(&kv.row(r)[shape.latent..]);
             rotate(table, position, &mut row[shape.latent..]);
             let block = self.block_of(&segment, position);
-            written.push((c.offset(layer, block, position % BLOCK_TOKENS), row));
+            written.push((c.offset(layer, block, position % BLOCK_TOKENS), c.rounded(&row)?));
         }
         for (at, row) in written {
             self.caches[cache.0 as usize].values[at..at + row.len()].copy_from_slice(&row);
@@ -46,13 +46,13 @@ impl ReferenceBackend {
         &mut self,
         shape: &MlaShape,
         q: Buffer,
-        kv_b: Weight,
+        kv_b: KvB,
         cache: Cache,
         layer: usize,
         out: Buffer,
     ) -> Result<(), Error> {
         let op = "mla_attend";
-        let kv_b = self.matrix(op, kv_b)?;
+        let kv_b = self.matrix(op, Weight(kv_b.0))?;
         expect(op, "kv_b rows", shape.heads * (shape.nope + shape.value), kv_b.rows)?;
         expect(op, "kv_b columns", shape.latent, kv_b.cols)?;
         let width = shape.nope + shape.rope;
