@@ -4,33 +4,41 @@ use std::{hint::black_box, time::Instant};
 
 use oxseek_tensor::Error;
 
-use crate::huge::Arena;
+use crate::huge::{Arena, HugeBytes};
 
-/// Bytes read per thread and pass: far more than any cache holds.
-const BYTES_PER_THREAD: usize = 256 << 20;
-const PASSES: usize = 5;
+/// Bytes that all threads read together in a pass, and the bounds of a thread's share: more than any cache holds.
+const BYTES_PER_PASS: usize = 1 << 30;
+const BYTES_PER_THREAD: std::ops::RangeInclusive<usize> = 64 << 20..=256 << 20;
 
-/// Bytes per second that `threads` threads together read from memory in 2 MiB pages, the best of a few passes.
-///
-/// # Errors
-/// [`Error::OutOfMemory`]
-pub fn read_bandwidth(threads: usize) -> Result<f64, Error> {
-    let mut buffers = Vec::new();
-    for t in 0..threads {
-        let mut bytes = Arena::default().alloc(BYTES_PER_THREAD)?;
-        bytes.as_mut().fill(t as u8 + 1);
-        buffers.push(bytes);
+/// Memory in 2 MiB pages that is read again and again, a part for each thread.
+pub(crate) struct Memory(Vec<HugeBytes>);
+
+impl Memory {
+    /// # Errors
+    /// [`Error::OutOfMemory`]
+    pub(crate) fn new(threads: usize) -> Result<Self, Error> {
+        let (least, most) = (*BYTES_PER_THREAD.start(), *BYTES_PER_THREAD.end());
+        let share = (BYTES_PER_PASS / threads.max(1)).clamp(least, most);
+        let mut parts = Vec::new();
+        for t in 0..threads.max(1) {
+            let mut bytes = Arena::default().alloc(share)?;
+            bytes.as_mut().fill(t as u8 + 1);
+            parts.push(bytes);
+        }
+        Ok(Self(parts))
     }
-    let pass = || {
+
+    /// Bytes per second that all threads together read, in one pass.
+    pub(crate) fn read(&self) -> f64 {
         let start = Instant::now();
         std::thread::scope(|scope| {
-            for buffer in &buffers {
-                scope.spawn(|| black_box(sum(buffer.as_ref())));
+            for part in &self.0 {
+                scope.spawn(|| black_box(sum(part.as_ref())));
             }
         });
-        (threads * BYTES_PER_THREAD) as f64 / start.elapsed().as_secs_f64()
-    };
-    Ok((0..PASSES).map(|_| pass()).fold(0.0, f64::max))
+        let bytes: usize = self.0.iter().map(|part| part.as_ref().len()).sum();
+        bytes as f64 / start.elapsed().as_secs_f64()
+    }
 }
 
 /// Sums 32 lanes apart, so that the compiler makes wide loads and the adds never wait for each other.

@@ -9,6 +9,7 @@
 mod bandwidth;
 mod detect;
 mod huge;
+mod limits;
 mod matrix;
 mod memory;
 mod ops;
@@ -30,8 +31,8 @@ use oxseek_tensor::{
     error::{at_most, expect, shape_error},
 };
 
-pub use bandwidth::read_bandwidth;
 pub use detect::Level;
+pub use limits::{LimitProbe, Limits};
 use matrix::{Matrix, MatrixRef};
 use memory::PerThread;
 use packed::PackedFormat;

@@ -23,11 +23,14 @@ mod gemm;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 pub(crate) mod panel;
+pub(crate) mod peak;
 pub(crate) mod portable;
 mod rounding;
 
 pub(crate) use gemm::{Gemm, Output, WeightRef};
+use panel::Panel;
 pub(crate) use panel::{PanelGemm, RowsRef};
+use peak::Peak;
 
 /// The kernels of one level. All are safe to call when the level is available and what each states holds.
 pub(crate) struct Kernels {
@@ -41,6 +44,8 @@ pub(crate) struct Kernels {
     pub(crate) panel_gemm: unsafe fn(&PanelGemm<'_>),
     pub(crate) round_bf16: unsafe fn(*const f32, usize, *mut u16),
     pub(crate) round_bytes: unsafe fn(*const f32, usize, *mut i8, *mut f32, *mut i32),
+    /// Products of F32, BF16 and bytes as fast as they go, for the probe of `limits.rs`.
+    pub(crate) peaks: [Peak; 3],
 }
 
 pub(crate) use elementwise::WeightedRows;
@@ -80,7 +85,7 @@ pub(crate) trait Simd: Copy {
 macro_rules! kernels {
     ($simd:ty, $panel:ty $(, $features:literal)?) => {
         use super::{Gemm, Kernels, PanelGemm, WeightRef, WeightedRows, elementwise, gemm as algorithm};
-        use super::{panel, rounding};
+        use super::{panel, peak, rounding};
 
         $(#[target_feature(enable = $features)])?
         unsafe fn gemm(g: &Gemm<'_>) {
@@ -139,6 +144,21 @@ macro_rules! kernels {
             // SAFETY: the caller's promise is passed on.
             unsafe { rounding::round_bytes(x, n, out, scales, minus_sums) }
         }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn f32_products(data: *const u8, rounds: usize) -> (u64, f32) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { peak::f32_products::<$simd>(data, rounds) }
+        }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn bf16_products(data: *const u8, rounds: usize) -> (u64, f32) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { peak::bf16_products::<$panel>(data, rounds) }
+        }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn byte_products(data: *const u8, rounds: usize) -> (u64, f32) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { peak::byte_products::<$panel>(data, rounds) }
+        }
 
         /// This level's kernels.
         pub(crate) static KERNELS: Kernels = Kernels {
@@ -152,6 +172,7 @@ macro_rules! kernels {
             panel_gemm,
             round_bf16,
             round_bytes,
+            peaks: [f32_products, bf16_products, byte_products],
         };
     };
 }

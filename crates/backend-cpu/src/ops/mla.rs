@@ -86,6 +86,7 @@ impl CpuBackend {
         let cache = CacheRows { rows: Input(c.values[c.offset(layer, 0, 0)..].as_ptr()), width: c.width() };
         let rows: usize = self.step.segments.iter().map(|s| s.start + s.rows).sum();
         self.profile.bytes += (kv_b_bytes + rows * (shape.latent + shape.rope) * 4) as u64;
+        self.profile.attend(shape, &self.step.segments);
         self.count_to(self.rows().max(shape.heads));
         let tasks = self.attention_tasks(shape);
         let attention = Attention {

@@ -153,8 +153,9 @@ impl CpuBackend {
         let stride = f.groups.iter().map(|g| g.inner).max().unwrap_or(0);
         f.shape_inner(stride);
         self.count_to(f.tokens.len());
-        self.profile.bytes +=
-            f.groups.iter().map(|g| (g.gate.bytes + g.up.bytes + g.down.bytes) as u64).sum::<u64>();
+        for g in &f.groups {
+            [g.gate, g.up, g.down].iter().for_each(|w| self.profile.product(w, g.to - g.from));
+        }
         let weights: Vec<MatrixRef> = f.groups.iter().flat_map(|g| [g.gate, g.up]).collect();
         let x = self.inputs(x, rows, &weights)?;
         self.inner_activations(f, x, stride)?;
@@ -266,6 +267,8 @@ impl CpuBackend {
         expect(op, "top_k", shape.top_k, self.routing(op, out, rows)?.top_k)?;
         let mut logits = std::mem::take(&mut self.logits);
         logits.resize(rows * shape.experts, 0.0);
+        self.profile.bytes += w.total_bytes() as u64;
+        self.profile.multiply(None, rows * shape.experts * w.cols());
         let x = self.buffers[x.0 as usize].values.as_ptr();
         let result = self.gemm(&WeightRef::new(&w), shape.experts, x, rows, &mut logits, Output::Store);
         let routing = &mut self.routings[out.0 as usize];
