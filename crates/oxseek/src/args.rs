@@ -162,22 +162,43 @@ pub struct InspectArgs {
 pub struct BenchArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Tokens of the prompt
-    #[arg(short, long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    /// Tokens of the prompt; 0 measures no prefill
+    #[arg(short, long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(0..=65536))]
     pub prompt: u32,
-    /// Tokens to generate
-    #[arg(short = 'n', long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    /// Tokens to generate; 0 measures no decoding
+    #[arg(short = 'n', long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(0..=65536))]
     pub generate: u32,
     /// Sequences that run together
     #[arg(short, long, default_value = "1,8", value_delimiter = ',')]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
     pub batch: Vec<u16>,
+    /// Tokens of context before the prompt and before the generated tokens
+    #[arg(short, long, default_value = "0", value_delimiter = ',')]
+    #[arg(value_parser = clap::value_parser!(u32).range(0..=1_048_576))]
+    pub depth: Vec<u32>,
     /// Show where the time went, op by op
     #[arg(long)]
     pub profile: bool,
+    /// Measure only what this machine can do, reading and multiplying; no model is loaded
+    #[arg(long)]
+    pub limit: bool,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = BenchFormat::Table)]
+    pub format: BenchFormat,
     /// Runs of each test; the median counts
     #[arg(short, long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub repeat: u16,
+}
+
+/// How `oxseek bench` prints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum BenchFormat {
+    /// For people
+    Table,
+    /// One object; rates in bytes and operations per second, parts of limits from 0 to 1
+    Json,
+    /// A row per test, with --profile one per op too
+    Csv,
 }
 
 /// `oxseek selftest`

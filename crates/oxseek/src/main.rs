@@ -15,7 +15,7 @@ mod selftest;
 mod serve;
 mod terminal;
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Instant};
 
 use clap::Parser;
 
@@ -23,12 +23,13 @@ use args::{Args, Command};
 use failure::Failure;
 
 fn main() -> ExitCode {
+    let started = Instant::now();
     let result = match Args::parse().command {
         Command::Run(a) => run::run(&a),
         Command::Chat(a) => chat::chat(&a),
         Command::Serve(a) => serve::serve(a),
         Command::Inspect(a) => inspect::inspect(&a),
-        Command::Bench(a) => bench::bench(&a),
+        Command::Bench(a) => bench::bench(&a, started),
         Command::Selftest(a) => selftest::selftest(&a),
     };
     match result {

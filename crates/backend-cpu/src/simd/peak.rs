@@ -23,13 +23,13 @@ pub(super) unsafe fn f32_products<V: Simd>(data: *const u8, rounds: usize) -> (u
     // SAFETY: two vectors of at most 64 bytes, then the ring.
     unsafe {
         let w = [V::load(data.cast()), V::load(data.add(64).cast())];
-        let mut acc = [[V::splat(0.0); 6]; 2];
+        let mut acc = [[V::splat(0.0); 2]; 6];
         for r in 0..rounds {
             let x = data.add(WEIGHT_BYTES + r % RING * TOKENS_MAX * 4).cast::<f32>();
-            for j in 0..6 {
+            for (j, acc) in acc.iter_mut().enumerate() {
                 let x = V::splat(x.add(j).read_unaligned());
-                for i in 0..2 {
-                    acc[i][j] = w[i].fma(x, acc[i][j]);
+                for (acc, w) in acc.iter_mut().zip(w) {
+                    *acc = w.fma(x, *acc);
                 }
             }
         }
@@ -54,13 +54,13 @@ unsafe fn bf16_tile<P: Panel, const G: usize, const T: usize>(data: *const u8, r
     // SAFETY: G times 64 bytes, then the ring.
     unsafe {
         let w: [P::W; G] = std::array::from_fn(|i| P::load_bf16(data.add(i * 64)));
-        let mut acc = [[P::splat(0.0); T]; G];
+        let mut acc = [[P::splat(0.0); G]; T];
         for r in 0..rounds {
             let x = data.add(WEIGHT_BYTES + r % RING * TOKENS_MAX * 4);
-            for j in 0..T {
+            for (j, acc) in acc.iter_mut().enumerate() {
                 let x = P::pair(x.add(j * 4));
-                for i in 0..G {
-                    acc[i][j] = P::dot_bf16(acc[i][j], w[i], x);
+                for (acc, w) in acc.iter_mut().zip(w) {
+                    *acc = P::dot_bf16(*acc, w, x);
                 }
             }
         }
@@ -83,12 +83,12 @@ unsafe fn byte_tile<P: Panel, const G: usize, const T: usize>(data: *const u8, r
     // SAFETY: G times 64 bytes, then the ring.
     unsafe {
         let w: [P::U; G] = std::array::from_fn(|i| P::load_u8(data.add(i * 64)));
-        let mut acc = [[P::zero_i(); T]; G];
+        let mut acc = [[P::zero_i(); G]; T];
         for r in 0..rounds {
             let x = data.add(WEIGHT_BYTES + r % RING * TOKENS_MAX * 4);
-            for j in 0..T {
-                for i in 0..G {
-                    acc[i][j] = P::dot_u7(acc[i][j], w[i], x.add(j * 4));
+            for (j, acc) in acc.iter_mut().enumerate() {
+                for (acc, w) in acc.iter_mut().zip(w) {
+                    *acc = P::dot_u7(*acc, w, x.add(j * 4));
                 }
             }
         }
