@@ -72,7 +72,7 @@ unsafe impl Sync for MatrixRef {}
 pub(crate) struct Inputs {
     pub(crate) exact: *const f32,
     pub(crate) stride: usize,
-    /// By [`Rounding`]; present for the roundings of the weights that they meet.
+    /// By [`Rounding`], the tiles of the listed rows; present for the roundings of the weights that they meet.
     pub(crate) rounded: [Option<RowsRef>; 2],
 }
 
@@ -128,7 +128,6 @@ impl MatrixRef {
             out: p.out.wrapping_add((groups.start - p.rows.start / GROUP_ROWS) * GROUP_ROWS),
             groups,
             x,
-            tokens: p.tokens,
             out_stride: p.out_stride,
             out_rows: p.out_rows,
             output: p.output,

@@ -27,6 +27,7 @@ pub(crate) mod peak;
 pub(crate) mod portable;
 mod rounding;
 
+use crate::packed::Rounding;
 pub(crate) use gemm::{Gemm, Output, WeightRef};
 use panel::Panel;
 pub(crate) use panel::{PanelGemm, RowsRef};
@@ -42,10 +43,27 @@ pub(crate) struct Kernels {
     pub(crate) silu_mul: unsafe fn(*const f32, *const f32, *mut f32, usize),
     pub(crate) rms_norm: unsafe fn(*const f32, *const f32, f32, *mut f32, usize),
     pub(crate) panel_gemm: unsafe fn(&PanelGemm<'_>),
-    pub(crate) round_bf16: unsafe fn(*const f32, usize, *mut u16),
-    pub(crate) round_bytes: unsafe fn(*const f32, usize, *mut i8, *mut f32, *mut i32),
+    round: unsafe fn(Rounding, *const f32, usize, *mut f32),
+    /// Most tokens of a tile of `panel_gemm`, by [`Rounding`].
+    tile_tokens: [usize; 2],
     /// Products of F32, BF16 and bytes as fast as they go, for the probe of `limits.rs`.
     pub(crate) peaks: [Peak; 3],
+}
+
+impl Kernels {
+    /// Rounds `n` values to the words of a rounded row.
+    ///
+    /// # Safety
+    /// `n` values at `x`, room for the words of whole runs at `out`; the CPU has the features of the level.
+    pub(crate) unsafe fn round(&self, rounding: Rounding, x: *const f32, n: usize, out: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { (self.round)(rounding, x, n, out) }
+    }
+
+    /// Most tokens of a tile of packed products.
+    pub(crate) fn tile_tokens(&self, rounding: Rounding) -> usize {
+        self.tile_tokens[rounding as usize]
+    }
 }
 
 pub(crate) use elementwise::WeightedRows;
@@ -135,14 +153,9 @@ macro_rules! kernels {
             unsafe { panel::panel_gemm::<$panel>(g) }
         }
         $(#[target_feature(enable = $features)])?
-        unsafe fn round_bf16(x: *const f32, n: usize, out: *mut u16) {
+        unsafe fn round(rounding: crate::packed::Rounding, x: *const f32, n: usize, out: *mut f32) {
             // SAFETY: the caller's promise is passed on.
-            unsafe { rounding::round_bf16(x, n, out) }
-        }
-        $(#[target_feature(enable = $features)])?
-        unsafe fn round_bytes(x: *const f32, n: usize, out: *mut i8, scales: *mut f32, minus_sums: *mut i32) {
-            // SAFETY: the caller's promise is passed on.
-            unsafe { rounding::round_bytes(x, n, out, scales, minus_sums) }
+            unsafe { rounding::round(rounding, x, n, out) }
         }
         $(#[target_feature(enable = $features)])?
         unsafe fn f32_products(data: *const u8, rounds: usize) -> (u64, f32) {
@@ -170,8 +183,8 @@ macro_rules! kernels {
             silu_mul,
             rms_norm,
             panel_gemm,
-            round_bf16,
-            round_bytes,
+            round,
+            tile_tokens: panel::tile_tokens::<$panel>(),
             peaks: [f32_products, bf16_products, byte_products],
         };
     };

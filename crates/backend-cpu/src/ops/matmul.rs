@@ -12,7 +12,7 @@ use crate::{
     matrix::{Inputs, MatrixRef, Product},
     memory::Shared,
     packed::Rounding,
-    simd::{Gemm, Output, RowsRef, WeightRef},
+    simd::{Gemm, Output, WeightRef},
 };
 
 impl CpuBackend {
@@ -53,40 +53,37 @@ impl CpuBackend {
     }
 
     /// Rows `0..rows` of a buffer in every form that `weights` ask for.
-    pub(crate) fn inputs(&mut self, x: Buffer, rows: usize, weights: &[MatrixRef]) -> Result<Inputs, Error> {
+    fn inputs(&mut self, x: Buffer, rows: usize, weights: &[MatrixRef]) -> Result<Inputs, Error> {
         let mut rounded = [None; 2];
-        for rounding in [Rounding::Bf16, Rounding::Bytes] {
-            if weights.iter().any(|w| w.rounding() == Some(rounding)) {
-                rounded[rounding as usize] = Some(self.round_input(x, rows, rounding)?);
-            }
+        for rounding in self.round_inputs(x, rows, weights)? {
+            let most = self.kernels.tile_tokens(rounding);
+            let tiled = self.rounded[rounding as usize].tiled(&mut self.pool, rows, most)?;
+            rounded[rounding as usize] = Some(tiled);
         }
         let x = &self.buffers[x.0 as usize];
         Ok(Inputs { exact: x.values.as_ptr(), stride: x.cols, rounded })
     }
 
-    /// Rounds rows `0..rows` of a buffer, unless they were already.
-    fn round_input(&mut self, x: Buffer, rows: usize, rounding: Rounding) -> Result<RowsRef, Error> {
+    /// Rounds rows `0..rows` of a buffer as `weights` ask for, unless they were already; says which roundings they ask.
+    pub(crate) fn round_inputs(
+        &mut self,
+        x: Buffer,
+        rows: usize,
+        weights: &[MatrixRef],
+    ) -> Result<impl Iterator<Item = Rounding> + use<>, Error> {
+        let asked = [Rounding::Bf16, Rounding::Bytes]
+            .map(|r| weights.iter().any(|w| w.rounding() == Some(r)).then_some(r));
         let a = &self.buffers[x.0 as usize];
-        let last = &mut self.rounded[rounding as usize];
-        let fresh = last.of.is_some_and(|(b, version, n)| (b, version) == (x.0, a.version) && n >= rows);
-        let view = if fresh {
-            last.rows.view()
-        } else {
-            last.rows.shape(rounding, rows, a.cols);
-            let (view, cols) = (last.rows.view(), a.cols);
-            let values = Input(a.values.as_ptr());
-            let chunk = rows_per_task(rows, rows * cols * 2, self.pool.threads());
-            let kernels = self.kernels;
-            self.pool.run(rows.div_ceil(chunk), &|task, _| {
-                for r in task * chunk..rows.min((task + 1) * chunk) {
-                    // SAFETY: both have the row, and no other task touches it.
-                    unsafe { view.round(kernels, rounding, values.get().add(r * cols), cols, r, 0) };
-                }
-            })?;
-            last.of = Some((x.0, a.version, rows));
-            view
-        };
-        Ok(view.rows())
+        for rounding in asked.into_iter().flatten() {
+            let last = &mut self.rounded[rounding as usize];
+            let of = Some((x.0, a.version, rows));
+            if last.of != of {
+                last.of = None;
+                last.round(self.kernels, &mut self.pool, rounding, &a.values[..rows * a.cols], a.cols)?;
+                last.of = of;
+            }
+        }
+        Ok(asked.into_iter().flatten())
     }
 
     /// All rows of `w` times rows `0..rows` of `x` into `y`, as wide as `w` has rows.

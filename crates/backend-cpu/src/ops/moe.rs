@@ -6,14 +6,14 @@ use oxseek_tensor::{
     error::{expect, shape_error},
 };
 
-use super::{WORK_WORTH_A_FORK, rows_per_task};
+use super::{WORK_WORTH_A_FORK, matmul::Input, rows_per_task};
 use crate::{
     CpuBackend,
     matrix::{Inputs, MatrixRef, Product},
     memory::Shared,
     packed::{RUN, Rounding},
-    rounded::RoundedRows,
-    simd::{Output, WeightRef},
+    rounded::{RoundedRows, TILE_TOKENS_MAX, interleave, tiles},
+    simd::{Output, RowsRef, WeightRef},
 };
 
 /// Tasks per thread of the first fork: enough that the last ones end together.
@@ -47,6 +47,8 @@ pub(crate) struct FfnScratch {
     tokens: Vec<u32>,
     /// Weight of each slot.
     weights: Vec<f32>,
+    /// The inputs of each group side by side, rounded.
+    tiled: [RoundedRows; 2],
     /// `silu(gate x) * up x` of each slot, exact and rounded as the `down` matrices ask.
     inner: Vec<f32>,
     rounded: [RoundedRows; 2],
@@ -156,13 +158,27 @@ impl CpuBackend {
         for g in &f.groups {
             [g.gate, g.up, g.down].iter().for_each(|w| self.profile.product(w, g.to - g.from));
         }
-        let weights: Vec<MatrixRef> = f.groups.iter().flat_map(|g| [g.gate, g.up]).collect();
-        let x = self.inputs(x, rows, &weights)?;
+        let x = self.group_inputs(f, x, rows)?;
         self.inner_activations(f, x, stride)?;
         self.outputs(f, out, width, stride)
     }
 
-    fn inner_activations(&mut self, f: &mut FfnScratch, x: Inputs, stride: usize) -> Result<(), Error> {
+    /// The rows of `x` that each group takes, in every form that its weights ask for.
+    fn group_inputs(&mut self, f: &mut FfnScratch, x: Buffer, rows: usize) -> Result<GroupInputs, Error> {
+        let weights: Vec<MatrixRef> = f.groups.iter().flat_map(|g| [g.gate, g.up]).collect();
+        let mut rounded = [None; 2];
+        for rounding in self.round_inputs(x, rows, &weights)? {
+            let most = self.kernels.tile_tokens(rounding);
+            let alone = self.rounded[rounding as usize].rows();
+            let (tiled, lists) = (&mut f.tiled[rounding as usize], f.groups.iter().map(|g| g.from..g.to));
+            interleave(&mut self.pool, tiled, alone, &f.tokens, lists, most)?;
+            rounded[rounding as usize] = Some((alone, tiled.view().from(0)));
+        }
+        let x = &self.buffers[x.0 as usize];
+        Ok(GroupInputs { exact: x.values.as_ptr(), stride: x.cols, rounded })
+    }
+
+    fn inner_activations(&mut self, f: &mut FfnScratch, x: GroupInputs, stride: usize) -> Result<(), Error> {
         let work: usize = f.groups.iter().map(Group::work).sum();
         // Tasks of about equal work, however many tokens an expert has; whole runs of rows, so that a task rounds what
         // it computed.
@@ -177,6 +193,7 @@ impl CpuBackend {
         }
         let inner = Shared::new(&mut f.inner);
         let rounded = f.rounded.each_mut().map(RoundedRows::view);
+        let x = &x;
         let (groups, tokens, first_task) = (&f.groups, &f.tokens, &f.first_task);
         let (kernels, scratch, identity) = (self.kernels, &self.scratch, &self.identity);
         self.pool.run(tasks, &|task, thread| {
@@ -187,11 +204,12 @@ impl CpuBackend {
             let (n, slots) = (to - from, g.to - g.from);
             // SAFETY: the pool gave this thread its number.
             let scratch = unsafe { scratch.of(thread) };
-            let (panel, [gated, up, ..]) = scratch.split([slots * n, slots * n, 0, 0, 0, 0]);
+            let room = if slots > 1 { TILE_TOKENS_MAX * Rounding::Bf16.row_words(n) } else { 0 };
+            let (panel, [gated, up, rows, ..]) = scratch.split([slots * n, slots * n, room, 0, 0, 0]);
             for (w, y) in [(g.gate, &mut *gated), (g.up, &mut *up)] {
                 let product = Product {
                     rows: from..to,
-                    x,
+                    x: x.of(g, tokens),
                     tokens: &tokens[g.from..g.to],
                     out: y.as_mut_ptr(),
                     out_stride: n,
@@ -201,22 +219,32 @@ impl CpuBackend {
                 // SAFETY: tokens are rows of x; the outputs are this thread's.
                 unsafe { w.multiply(kernels, &product, panel) };
             }
-            for s in 0..slots {
-                let (gated, up) = (&mut gated[s * n..][..n], &up[s * n..][..n]);
-                // SAFETY: only this task writes these columns of this group's slots.
-                unsafe {
-                    match g.down.rounding() {
-                        None => {
-                            let out = inner.at((g.from + s) * stride + from);
-                            (kernels.silu_mul)(gated.as_ptr(), up.as_ptr(), out, n);
-                        }
-                        Some(rounding) => {
-                            let values = gated.as_mut_ptr();
-                            (kernels.silu_mul)(values, up.as_ptr(), values, n);
-                            rounded[rounding as usize].round(kernels, rounding, values, n, g.from + s, from);
-                        }
-                    }
+            let Some(rounding) = g.down.rounding() else {
+                for s in 0..slots {
+                    let out = inner.at((g.from + s) * stride + from);
+                    // SAFETY: only this task writes these columns of this group's slots.
+                    unsafe { (kernels.silu_mul)(gated[s * n..].as_ptr(), up[s * n..].as_ptr(), out, n) };
                 }
+                return;
+            };
+            // SAFETY: all hold `slots * n` values.
+            unsafe { (kernels.silu_mul)(gated.as_ptr(), up.as_ptr(), gated.as_mut_ptr(), slots * n) };
+            let out = rounded[rounding as usize];
+            if slots == 1 {
+                // SAFETY: only this task writes these columns of this group's slots.
+                return unsafe { out.round(kernels, rounding, gated.as_ptr(), n, g.from, from) };
+            }
+            let (first, words) = (rounding.row_words(from), rounding.row_words(n));
+            for (tile, width) in tiles(slots, kernels.tile_tokens(rounding)) {
+                let mut sources = [std::ptr::null(); TILE_TOKENS_MAX];
+                for (j, source) in sources.iter_mut().enumerate().take(width) {
+                    let row = rows[j * words..].as_mut_ptr();
+                    // SAFETY: `n` values of this slot; `rows` has room for the words of a tile's rows.
+                    unsafe { kernels.round(rounding, gated[(tile + j) * n..].as_ptr(), n, row) };
+                    *source = row.cast_const();
+                }
+                // SAFETY: the rows have these words; only this task writes them to this tile.
+                unsafe { out.interleave(&sources[..width], first..first + words, g.from + tile) };
             }
         })
     }
@@ -225,8 +253,8 @@ impl CpuBackend {
         let work: usize = f.groups.iter().map(|g| (g.to - g.from) * g.inner * width).sum();
         let chunk = rows_per_task(width, work, self.pool.threads());
         let out = Shared::new(&mut self.buffers[out.0 as usize].values);
-        let rounded = f.rounded.each_mut().map(|r| Some(r.view().rows()));
-        let x = Inputs { exact: f.inner.as_ptr(), stride, rounded };
+        let rounded = f.rounded.each_mut().map(|r| r.view().from(0));
+        let inner = Input(f.inner.as_ptr());
         let (groups, tokens, weights) = (&f.groups, &f.tokens, &f.weights);
         let (kernels, scratch, identity) = (self.kernels, &self.scratch, &self.identity);
         self.pool.run(width.div_ceil(chunk), &|task, thread| {
@@ -234,9 +262,10 @@ impl CpuBackend {
             // SAFETY: the pool gave this thread its number.
             let panel = unsafe { &mut scratch.of(thread).panel };
             for g in groups {
+                let rounded = rounded.map(|r| Some(r.from(g.from)));
                 let product = Product {
                     rows: from..width.min(from + chunk),
-                    x,
+                    x: Inputs { exact: inner.get(), stride, rounded },
                     tokens: &identity[g.from..g.to],
                     out: out.at(from),
                     out_stride: width,
@@ -279,6 +308,30 @@ impl CpuBackend {
         }
         self.logits = logits;
         result
+    }
+}
+
+/// The inputs of all groups.
+struct GroupInputs {
+    exact: *const f32,
+    stride: usize,
+    /// By [`Rounding`]: rows on their own, and the tiles of groups of several.
+    rounded: [Option<(RowsRef, RowsRef)>; 2],
+}
+
+// SAFETY: it only points to activations, which nobody writes during the fork.
+unsafe impl Send for GroupInputs {}
+// SAFETY: as above.
+unsafe impl Sync for GroupInputs {}
+
+impl GroupInputs {
+    fn of(&self, g: &Group, tokens: &[u32]) -> Inputs {
+        let rounded = self.rounded.map(|r| {
+            let (alone, tiled) = r?;
+            let is_one = g.to - g.from == 1;
+            Some(if is_one { alone.from(tokens[g.from] as usize) } else { tiled.from(g.from) })
+        });
+        Inputs { exact: self.exact, stride: self.stride, rounded }
     }
 }
 

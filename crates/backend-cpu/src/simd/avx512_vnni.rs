@@ -16,7 +16,8 @@ impl Panel for P {
     type W = __m512i;
     type U = __m512i;
     type X = __m512i;
-    const TILE_TOKENS: usize = 12;
+    const TILE_BF16: usize = 12;
+    const TILE_BYTES: usize = 6;
     const PAIRS: bool = true;
     const OFFSET_IN_SUMS: bool = true;
 

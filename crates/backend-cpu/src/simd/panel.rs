@@ -5,7 +5,10 @@
 //! BF16 and FP8 weights meet BF16 activations; block formats meet 8-bit activations, and their integer sums are exact.
 
 use super::Output;
-use crate::packed::{GROUP_ROWS, PackedFormat, PanelRef};
+use crate::{
+    packed::{GROUP_ROWS, PackedFormat, PanelRef, Rounding},
+    rounded::{self, TILE_TOKENS_MAX},
+};
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
@@ -15,18 +18,11 @@ mod float;
 pub(crate) mod neon;
 pub(crate) mod portable;
 
-/// One row of rounded activations per token.
+/// Rows of rounded activations (`rounded.rs`), on their own or in tiles.
 #[derive(Clone, Copy)]
 pub(crate) struct RowsRef {
-    /// BF16 pairs, or signed bytes.
-    pub(crate) data: *const u8,
-    pub(crate) row_bytes: usize,
-    /// Bytes: a scale per 128 columns.
-    pub(crate) scales: *const f32,
-    pub(crate) row_scales: usize,
-    /// Bytes: minus the sum of each 32 columns.
-    pub(crate) minus_sums: *const i32,
-    pub(crate) row_sums: usize,
+    pub(crate) words: *const f32,
+    pub(crate) row_words: usize,
 }
 
 // SAFETY: it only points to activations, which nobody writes during the fork.
@@ -34,17 +30,30 @@ unsafe impl Send for RowsRef {}
 // SAFETY: as above.
 unsafe impl Sync for RowsRef {}
 
-/// Row groups `groups` of W times the listed rows of x.
+impl RowsRef {
+    /// Row `row`, or what begins in its place.
+    pub(crate) fn row(&self, row: usize) -> *const f32 {
+        self.words.wrapping_add(row * self.row_words)
+    }
+
+    /// Rows or tiles from row `first` on.
+    pub(crate) fn from(&self, first: usize) -> Self {
+        Self { words: self.row(first), ..*self }
+    }
+}
+
+/// Row groups `groups` of W times the rows of x.
 ///
 /// # Safety (of the kernel)
-/// `w` has the groups; each of `tokens` is a row of `x`, as wide as `w` and rounded for its format; the i-th of
-/// `out_rows` is a row of `out`, `out_stride` apart, with room for the rows of the groups from its start on, that no
-/// other thread touches.
+/// `w` has the groups; `x` is as many rows as `out_rows`, as wide as `w`, rounded for its format and laid in tiles of at
+/// most [`Kernels::tile_tokens`]; the i-th of `out_rows` is a row of `out`, `out_stride` apart, with room for the rows of
+/// the groups from its start on, that no other thread touches.
+///
+/// [`Kernels::tile_tokens`]: super::Kernels::tile_tokens
 pub(crate) struct PanelGemm<'a> {
     pub(crate) w: PanelRef,
     pub(crate) groups: std::ops::Range<usize>,
     pub(crate) x: RowsRef,
-    pub(crate) tokens: &'a [u32],
     pub(crate) out: *mut f32,
     pub(crate) out_stride: usize,
     pub(crate) out_rows: &'a [u32],
@@ -66,9 +75,11 @@ pub(crate) trait Panel {
     type U: Copy;
     /// One pair of BF16 activations for all rows.
     type X: Copy;
-    /// Most tokens of one tile: what the registers hold.
-    const TILE_TOKENS: usize;
-    /// Whether two groups fit into one tile.
+    /// Most tokens of one tile of BF16 products: what the registers hold.
+    const TILE_BF16: usize;
+    /// Most tokens of one tile of 8-bit products, which keep integer sums beside those in F32.
+    const TILE_BYTES: usize;
+    /// Whether tiles are two groups wide.
     const PAIRS: bool;
     /// Whether `dot_s8` leaves the offset of 128 to the sums that a block begins with.
     const OFFSET_IN_SUMS: bool;
@@ -127,103 +138,119 @@ pub(super) unsafe fn panel_gemm<P: Panel>(g: &PanelGemm<'_>) {
     }
 }
 
+/// Most tokens of a tile, by [`Rounding`].
+pub(super) const fn tile_tokens<P: Panel>() -> [usize; 2] {
+    assert!(P::TILE_BF16 <= TILE_TOKENS_MAX && P::TILE_BYTES <= TILE_TOKENS_MAX, "rows of a tile have room");
+    let mut most = [0; 2];
+    most[Rounding::Bf16 as usize] = P::TILE_BF16;
+    most[Rounding::Bytes as usize] = P::TILE_BYTES;
+    most
+}
+
 /// How one packed format is multiplied.
 trait Tiled<P: Panel> {
-    /// Whether a tile of two groups pays for many tokens, too.
-    const WIDE_PAIRS: bool;
+    /// Most tokens of one tile.
+    const TILE: usize;
 
-    /// The products of groups `group..group + G` with tokens `t..t + T`.
+    /// The products of the groups at `w` with a tile of `T` tokens at `x`.
     ///
     /// # Safety
-    /// Both lie inside of `g`; the features of `P`.
+    /// Both are whole; the features of `P`.
     unsafe fn tile<const G: usize, const T: usize>(
-        g: &PanelGemm<'_>,
-        group: usize,
-        t: usize,
+        w: &PanelRef,
+        groups: [*const u8; G],
+        x: *const f32,
+        ahead: &Ahead,
     ) -> [[P::F; T]; G];
 }
 
-/// All tiles; tokens innermost, so that a group's weights stay in cache.
-#[inline(always)]
-unsafe fn tiles<P: Panel, D: Tiled<P>>(g: &PanelGemm<'_>) {
-    let mut group = g.groups.start;
-    while group < g.groups.end {
-        let pair = P::PAIRS && group + 1 < g.groups.end;
-        let wide = if pair && D::WIDE_PAIRS { 2 } else { 1 };
-        let mut t = 0;
-        // Many tokens: one group at a time where two do not fit.
-        for group in (group..group + if pair { 2 } else { 1 }).step_by(wide) {
-            t = 0;
-            // SAFETY: groups and tokens lie inside of the caller's.
-            unsafe {
-                while P::TILE_TOKENS >= 12 && g.tokens.len() - t >= 12 {
-                    if wide == 2 {
-                        emit::<P, D, 2, 12>(g, group, t);
-                    } else {
-                        emit::<P, D, 1, 12>(g, group, t);
-                    }
-                    t += 12;
-                }
-                while P::TILE_TOKENS >= 8 && g.tokens.len() - t >= 8 {
-                    if wide == 2 {
-                        emit::<P, D, 2, 8>(g, group, t);
-                    } else {
-                        emit::<P, D, 1, 8>(g, group, t);
-                    }
-                    t += 8;
-                }
-            }
+/// Weights that will be needed soon: while the tiles of this pair of groups are computed, the next pair comes from
+/// memory, each tile bringing its share.
+pub(super) struct Ahead {
+    next: *const u8,
+    /// 256ths of a byte per step.
+    step: usize,
+}
+
+impl Ahead {
+    /// Tile `tile` of `tiles` brings its part of the `bytes` at `next`, in `steps` steps.
+    fn new(next: *const u8, bytes: usize, tile: usize, tiles: usize, steps: usize) -> Self {
+        let share = bytes / tiles;
+        Self { next: next.wrapping_add(tile * share), step: share * 256 / steps.max(1) }
+    }
+
+    /// Asks for what step `step` is to bring.
+    ///
+    /// # Safety
+    /// The features of `P`.
+    #[inline(always)]
+    pub(super) unsafe fn step<P: Panel>(&self, step: usize) {
+        let (from, to) = ((step * self.step) >> 14, ((step + 1) * self.step) >> 14);
+        for line in from..to {
+            // SAFETY: a hint about a place that need not be there.
+            unsafe { P::prefetch(self.next.wrapping_add(line * 64)) };
         }
-        // SAFETY: as above.
-        unsafe {
-            while g.tokens.len() - t >= 4 {
-                if pair {
-                    emit::<P, D, 2, 4>(g, group, t);
-                } else {
-                    emit::<P, D, 1, 4>(g, group, t);
-                }
-                t += 4;
-            }
-            if g.tokens.len() - t >= 2 {
-                if pair {
-                    emit::<P, D, 2, 2>(g, group, t);
-                } else {
-                    emit::<P, D, 1, 2>(g, group, t);
-                }
-                t += 2;
-            }
-            if g.tokens.len() > t {
-                if pair { emit::<P, D, 2, 1>(g, group, t) } else { emit::<P, D, 1, 1>(g, group, t) }
-            }
-        }
-        group += if pair { 2 } else { 1 };
     }
 }
 
-/// Computes one tile and writes it out.
+/// All tiles; tokens innermost, so that the weights of a pair of groups stay in cache.
 #[inline(always)]
-unsafe fn emit<P: Panel, D: Tiled<P>, const G: usize, const T: usize>(
+unsafe fn tiles<P: Panel, D: Tiled<P>>(g: &PanelGemm<'_>) {
+    // SAFETY: the caller's promise is passed on.
+    unsafe { if P::PAIRS { tiles_of::<P, D, 2>(g) } else { tiles_of::<P, D, 1>(g) } }
+}
+
+#[inline(always)]
+unsafe fn tiles_of<P: Panel, D: Tiled<P>, const G: usize>(g: &PanelGemm<'_>) {
+    let count = g.out_rows.len().div_ceil(D::TILE);
+    for group in g.groups.clone().step_by(G) {
+        let last = g.groups.end - 1;
+        // Where there is no second group the first stands in for it, and its products are thrown away.
+        let groups: [*const u8; G] = std::array::from_fn(|i| g.w.group((group + i).min(last)));
+        for (tile, (first, width)) in rounded::tiles(g.out_rows.len(), D::TILE).enumerate() {
+            let steps = g.w.cols / 128;
+            let ahead = Ahead::new(g.w.group(group + G), G * g.w.group_bytes, tile, count, steps);
+            macro_rules! widths {
+                ($($n:literal)*) => {
+                    match width {
+                        // SAFETY: the groups and the tile are the caller's.
+                        $($n if $n <= D::TILE => unsafe {
+                            let sums = D::tile::<G, $n>(&g.w, groups, g.x.row(first), &ahead);
+                            emit::<P, G, $n>(g, group, first, sums);
+                        },)*
+                        _ => unreachable!("a tile of {width} tokens"),
+                    }
+                };
+            }
+            widths!(1 2 3 4 5 6 7 8 9 10 11 12);
+        }
+    }
+}
+
+/// Writes the products of one tile out.
+#[inline(always)]
+unsafe fn emit<P: Panel, const G: usize, const T: usize>(
     g: &PanelGemm<'_>,
     group: usize,
-    t: usize,
+    first_token: usize,
+    sums: [[P::F; T]; G],
 ) {
     // SAFETY: the caller's promise; rows past the end of W are computed from padding and not written.
     unsafe {
-        let sums = D::tile::<G, T>(g, group, t);
-        for (i, sums) in sums.into_iter().enumerate() {
+        for (i, sums) in sums.into_iter().enumerate().take(g.groups.end - group) {
             let first = (group + i) * GROUP_ROWS;
             let n = GROUP_ROWS.min(g.w.rows - first);
             for (j, sum) in sums.into_iter().enumerate() {
                 let mut y = [0.0f32; GROUP_ROWS];
                 P::store(sum, y.as_mut_ptr());
                 let column = first - g.groups.start * GROUP_ROWS;
-                let out = g.out.add(g.out_rows[t + j] as usize * g.out_stride + column);
+                let out = g.out.add(g.out_rows[first_token + j] as usize * g.out_stride + column);
                 for (r, y) in y.into_iter().enumerate().take(n) {
                     let out = out.add(r);
                     match g.output {
                         Output::Store => *out = y,
                         Output::Add => *out += y,
-                        Output::AddScaled(s) => *out += s[t + j] * y,
+                        Output::AddScaled(s) => *out += s[first_token + j] * y,
                     }
                 }
             }

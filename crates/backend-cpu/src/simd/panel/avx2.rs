@@ -23,7 +23,8 @@ impl Panel for P {
     type W = [[__m256; 2]; 2];
     type U = [__m256i; 2];
     type X = [__m256; 2];
-    const TILE_TOKENS: usize = 4;
+    const TILE_BF16: usize = 4;
+    const TILE_BYTES: usize = 4;
     const PAIRS: bool = false;
     const OFFSET_IN_SUMS: bool = false;
 

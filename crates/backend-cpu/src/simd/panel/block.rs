@@ -2,7 +2,11 @@
 
 use std::marker::PhantomData;
 
-use super::{Panel, PanelGemm, Tiled};
+use super::{Ahead, Panel, Tiled};
+use crate::{
+    packed::PanelRef,
+    rounded::{BYTE_RUN_WORDS, CODES, SUMS_32},
+};
 
 /// A format of blocks of 32 columns, each with a scale and perhaps a minimum per row: `w = scale * (q - ZERO) - min`.
 pub(super) trait Block<P: Panel> {
@@ -127,41 +131,41 @@ impl<P: Panel> Block<P> for Q4K {
 pub(super) struct Tile<D>(PhantomData<D>);
 
 impl<P: Panel, D: Block<P>> Tiled<P> for Tile<D> {
-    const WIDE_PAIRS: bool = false;
+    const TILE: usize = P::TILE_BYTES;
 
     #[inline(always)]
     unsafe fn tile<const G: usize, const T: usize>(
-        g: &PanelGemm<'_>,
-        group: usize,
-        t: usize,
+        w: &PanelRef,
+        groups: [*const u8; G],
+        x: *const f32,
+        ahead: &Ahead,
     ) -> [[P::F; T]; G] {
-        // SAFETY: a group holds `blocks` blocks; a row of x whole runs of 128 bytes with one scale and eight sums each.
+        // SAFETY: a group holds `blocks` blocks, and the tile whole runs of 128 columns.
         unsafe {
-            let blocks = g.w.cols / 32;
-            let w: [*const u8; G] = std::array::from_fn(|i| g.w.group(group + i));
-            let row: [usize; T] = std::array::from_fn(|j| g.tokens[t + j] as usize);
-            let x: [*const u8; T] = std::array::from_fn(|j| g.x.data.add(row[j] * g.x.row_bytes));
-            let sums: [*const i32; T] = std::array::from_fn(|j| g.x.minus_sums.add(row[j] * g.x.row_sums));
-            let scales: [*const f32; T] = std::array::from_fn(|j| g.x.scales.add(row[j] * g.x.row_scales));
+            let blocks = w.cols / 32;
             let mut total = [[P::splat(0.0); T]; G];
             for run in 0..blocks.div_ceil(4) {
+                let x = x.add(run * BYTE_RUN_WORDS * T);
                 let mut part = [[P::splat(0.0); T]; G];
-                let end = blocks.min(run * 4 + 4);
-                if end - run * 4 < 4 {
-                    for b in run * 4..end {
-                        add_block::<P, D, G, T>(&w, &x, &sums, b, b % 8, &mut part);
+                let first = run * 4;
+                ahead.step::<P>(run);
+                if blocks - first < 4 {
+                    for b in first..blocks {
+                        add_block::<P, D, G, T>(&groups, x, b, b % 8, &mut part);
                     }
                 } else if D::SUPER && run % 2 == 1 {
-                    for place in 4..8 {
-                        add_block::<P, D, G, T>(&w, &x, &sums, run * 4 + place - 4, place, &mut part);
-                    }
+                    add_block::<P, D, G, T>(&groups, x, first, 4, &mut part);
+                    add_block::<P, D, G, T>(&groups, x, first + 1, 5, &mut part);
+                    add_block::<P, D, G, T>(&groups, x, first + 2, 6, &mut part);
+                    add_block::<P, D, G, T>(&groups, x, first + 3, 7, &mut part);
                 } else {
-                    for place in 0..4 {
-                        add_block::<P, D, G, T>(&w, &x, &sums, run * 4 + place, place, &mut part);
-                    }
+                    add_block::<P, D, G, T>(&groups, x, first, 0, &mut part);
+                    add_block::<P, D, G, T>(&groups, x, first + 1, 1, &mut part);
+                    add_block::<P, D, G, T>(&groups, x, first + 2, 2, &mut part);
+                    add_block::<P, D, G, T>(&groups, x, first + 3, 3, &mut part);
                 }
                 for j in 0..T {
-                    let scale = P::splat(*scales[j].add(run));
+                    let scale = P::splat(*x.add(j));
                     for i in 0..G {
                         total[i][j] = P::fma(part[i][j], scale, total[i][j]);
                     }
@@ -172,45 +176,83 @@ impl<P: Panel, D: Block<P>> Tiled<P> for Tile<D> {
     }
 }
 
-/// Adds block `b`; where the caller's loop is unrolled, its place in a super-block is known at compile time.
+/// Adds block `b` to sums of the run at `x`; where the caller's loop is unrolled, its place in a super-block is known
+/// at compile time.
 #[inline(always)]
 unsafe fn add_block<P: Panel, D: Block<P>, const G: usize, const T: usize>(
     w: &[*const u8; G],
-    x: &[*const u8; T],
-    sums: &[*const i32; T],
+    x: *const f32,
     b: usize,
     place: usize,
     part: &mut [[P::F; T]; G],
 ) {
-    // SAFETY: the caller keeps the block inside of the group.
+    // SAFETY: the caller keeps the block inside of the group, and `x` is the run that it belongs to.
     unsafe {
-        for i in 0..G {
-            let at = D::at(w[i], b);
-            let mut acc: [P::I; T] = std::array::from_fn(|j| match D::ZERO_SHIFT {
-                Some(7) if P::OFFSET_IN_SUMS => P::splat_shifted::<7>(sums[j].add(b)),
-                Some(3) => P::splat_shifted::<3>(sums[j].add(b)),
-                _ => P::zero_i(),
-            });
-            for unit in 0..8 {
-                let u = D::unit(at, place, unit);
-                for j in 0..T {
-                    let x = x[j].add(b * 32 + unit * 4);
-                    acc[j] = if D::ZERO_SHIFT == Some(7) {
-                        P::dot_s8(acc[j], u, x)
-                    } else {
-                        P::dot_u7(acc[j], u, x)
-                    };
+        let sums = x.add((SUMS_32 + place % 4) * T).cast::<i32>();
+        let codes = x.add((CODES + place % 4 * 8) * T).cast::<u8>();
+        // Loops, not closures: a closure that is not inlined is compiled without the level's features.
+        let mut at = [D::at(w[0], b); G];
+        for i in 1..G {
+            at[i] = D::at(w[i], b);
+        }
+        let mut acc = [[P::zero_i(); T]; G];
+        if D::ZERO_SHIFT.is_some_and(|shift| shift != 7 || P::OFFSET_IN_SUMS) {
+            for j in 0..T {
+                let start = match D::ZERO_SHIFT {
+                    Some(3) => P::splat_shifted::<3>(sums.add(j)),
+                    _ => P::splat_shifted::<7>(sums.add(j)),
+                };
+                for acc in &mut acc {
+                    acc[j] = start;
                 }
             }
-            let scale = D::scale(at, place);
+        }
+        add_unit::<P, D, G, T>(&at, codes, place, 0, &mut acc);
+        add_unit::<P, D, G, T>(&at, codes, place, 1, &mut acc);
+        add_unit::<P, D, G, T>(&at, codes, place, 2, &mut acc);
+        add_unit::<P, D, G, T>(&at, codes, place, 3, &mut acc);
+        add_unit::<P, D, G, T>(&at, codes, place, 4, &mut acc);
+        add_unit::<P, D, G, T>(&at, codes, place, 5, &mut acc);
+        add_unit::<P, D, G, T>(&at, codes, place, 6, &mut acc);
+        add_unit::<P, D, G, T>(&at, codes, place, 7, &mut acc);
+        for i in 0..G {
+            let scale = D::scale(at[i], place);
             for j in 0..T {
-                part[i][j] = P::fma(P::to_f32(acc[j]), scale, part[i][j]);
+                part[i][j] = P::fma(P::to_f32(acc[i][j]), scale, part[i][j]);
             }
             if D::ZERO_SHIFT.is_none() {
-                let min = D::min(at, place);
+                let min = D::min(at[i], place);
                 for j in 0..T {
-                    part[i][j] = P::fma(P::splat(*sums[j].add(b) as f32), min, part[i][j]);
+                    part[i][j] = P::fma(P::splat(*sums.add(j) as f32), min, part[i][j]);
                 }
+            }
+        }
+    }
+}
+
+/// Adds the products of four columns of a block.
+#[inline(always)]
+unsafe fn add_unit<P: Panel, D: Block<P>, const G: usize, const T: usize>(
+    at: &[*const u8; G],
+    codes: *const u8,
+    place: usize,
+    unit: usize,
+    acc: &mut [[P::I; T]; G],
+) {
+    // SAFETY: as in `add_block`.
+    unsafe {
+        let mut w = [D::unit(at[0], place, unit); G];
+        for i in 1..G {
+            w[i] = D::unit(at[i], place, unit);
+        }
+        for j in 0..T {
+            let x = codes.add((unit * T + j) * 4);
+            for i in 0..G {
+                acc[i][j] = if D::ZERO_SHIFT == Some(7) {
+                    P::dot_s8(acc[i][j], w[i], x)
+                } else {
+                    P::dot_u7(acc[i][j], w[i], x)
+                };
             }
         }
     }

@@ -25,7 +25,8 @@ impl Panel for P {
     type W = [[float32x4_t; 4]; 2];
     type U = [uint8x16_t; 4];
     type X = [f32; 2];
-    const TILE_TOKENS: usize = 4;
+    const TILE_BF16: usize = 4;
+    const TILE_BYTES: usize = 4;
     const PAIRS: bool = false;
     const OFFSET_IN_SUMS: bool = false;
 
