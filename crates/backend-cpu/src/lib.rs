@@ -6,6 +6,7 @@
 //! * `simd/`: the kernels. `ops/`: what each op forks and how rows become tasks.
 #![deny(unsafe_code)]
 
+mod ahead;
 mod bandwidth;
 mod detect;
 mod huge;
@@ -18,6 +19,7 @@ mod packing;
 mod profile;
 mod rounded;
 mod simd;
+mod sizes;
 mod threads;
 
 use std::task::{Context, Poll};
@@ -31,13 +33,14 @@ use oxseek_tensor::{
     error::{at_most, expect, shape_error},
 };
 
+pub use bandwidth::read_bandwidth;
 pub use detect::Level;
 pub use limits::{LimitProbe, Limits};
 use matrix::{Matrix, MatrixRef};
 use memory::PerThread;
-use packed::PackedFormat;
 use packing::Packer;
 use simd::Kernels;
+pub use sizes::MatrixCost;
 use threads::Pool;
 
 /// Values of decoded weight rows that a thread keeps at a time: half of a usual L2 cache.
@@ -134,6 +137,8 @@ pub struct CpuBackend {
     profile: profile::Profile,
     matrices: Vec<Matrix>,
     packer: Packer,
+    /// Routed experts are not packed; their pages are asked for when they are chosen.
+    experts_on_disk: bool,
     vectors: Vec<Vec<f32>>,
     experts: Vec<Vec<ExpertRows>>,
     ropes: Vec<RopeTable>,
@@ -175,6 +180,7 @@ impl CpuBackend {
             profile: profile::Profile::default(),
             matrices: Vec::new(),
             packer: Packer::default(),
+            experts_on_disk: false,
             vectors: Vec::new(),
             experts: Vec::new(),
             ropes: Vec::new(),
@@ -193,6 +199,12 @@ impl CpuBackend {
         })
     }
 
+    /// Leaves routed experts that are loaded from here on in their files, for machines whose memory does not hold a
+    /// packed copy of them. Results are the same, bit by bit.
+    pub fn leave_experts_on_disk(&mut self) {
+        self.experts_on_disk = true;
+    }
+
     /// The SIMD level in use.
     pub fn level(&self) -> Level {
         self.level
@@ -207,8 +219,9 @@ impl CpuBackend {
         self.step.tokens.len()
     }
 
-    /// Takes a weight if the kernels can, and makes room to decode or pack its rows.
-    fn admit(&mut self, m: HostMatrix) -> Result<usize, Error> {
+    /// Takes a weight if the kernels can, and makes room to decode or pack its rows. Unless `pack`, they are packed each
+    /// time they are used.
+    fn admit(&mut self, m: HostMatrix, pack: bool) -> Result<usize, Error> {
         if m.rows() == 0 || m.cols() == 0 {
             return Err(shape_error("load_matrix", "elements", 1, 0));
         }
@@ -221,12 +234,9 @@ impl CpuBackend {
             self.panel_len = self.panel_len.max(PANEL_VALUES).max(rows);
             self.scratch.grow_panels(self.panel_len);
         }
-        let format = match self.precision {
-            Precision::Exact => None,
-            Precision::Native => PackedFormat::of(m.dtype()),
-        };
+        let format = self.precision.packed_format(m.dtype());
         let number = self.matrices.len();
-        if let Some(format) = format {
+        if let Some(format) = format.filter(|_| pack) {
             self.packer.push(number, m.clone(), format)?;
         }
         self.matrices.push(Matrix::new(m, format));
@@ -361,7 +371,7 @@ impl Backend for CpuBackend {
     }
 
     fn load_matrix(&mut self, matrix: HostMatrix) -> Result<Weight, Error> {
-        Ok(Weight(self.admit(matrix)? as u32))
+        Ok(Weight(self.admit(matrix, true)? as u32))
     }
 
     fn load_vector(&mut self, values: &[f32]) -> Result<Vector, Error> {
@@ -369,12 +379,12 @@ impl Backend for CpuBackend {
     }
 
     fn load_experts(&mut self, experts: Vec<ExpertMatrices>) -> Result<Experts, Error> {
-        let mut rows = Vec::with_capacity(experts.len());
+        let (mut rows, pack) = (Vec::with_capacity(experts.len()), !self.experts_on_disk);
         for e in experts {
             rows.push(ExpertRows {
-                gate: self.admit(e.gate)?,
-                up: self.admit(e.up)?,
-                down: self.admit(e.down)?,
+                gate: self.admit(e.gate, pack)?,
+                up: self.admit(e.up, pack)?,
+                down: self.admit(e.down, pack)?,
             });
         }
         Ok(Experts(push(&mut self.experts, rows)))

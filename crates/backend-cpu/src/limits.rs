@@ -7,15 +7,14 @@ use oxseek_tensor::{Error, backend::MultiplyAdds, dtype::f32_to_bf16};
 
 use crate::{
     Level,
-    bandwidth::Memory,
+    bandwidth::{Memory, READ_PASSES},
     simd::{
         Kernels,
         peak::{PEAK_BYTES, Peak, TOKENS_MAX, WEIGHT_BYTES},
     },
 };
 
-/// Passes over memory of one measurement, and of each kind of product; the best counts.
-const READ_PASSES: usize = 5;
+/// Passes of each kind of product; the best counts.
 const MULTIPLY_PASSES: usize = 3;
 /// Shortest pass of products, in seconds: starting threads is nothing beside it.
 const MULTIPLY_SECONDS: f64 = 0.01;
@@ -78,11 +77,8 @@ impl LimitProbe {
 
     /// Takes about 0.2 seconds.
     pub fn measure(&self) -> Limits {
-        let best = |passes: usize, pass: &dyn Fn() -> f64| (0..passes).map(|_| pass()).fold(0.0, f64::max);
-        Limits {
-            read: best(READ_PASSES, &|| self.memory.read()),
-            multiply: std::array::from_fn(|kind| best(MULTIPLY_PASSES, &|| self.multiply(kind))),
-        }
+        let best = |kind: usize| (0..MULTIPLY_PASSES).map(|_| self.multiply(kind)).fold(0.0, f64::max);
+        Limits { read: self.memory.best(READ_PASSES), multiply: std::array::from_fn(best) }
     }
 
     /// Operations per second of one pass.

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use oxseek_tensor::backend::{MlaShape, MultiplyAdds, OpCost, Segment};
 
-use crate::{matrix::MatrixRef, packed::Rounding};
+use crate::{matrix::MatrixRef, packed::Rounding, sizes};
 
 /// Costs by op, in the order of their first call.
 #[derive(Debug, Default)]
@@ -41,12 +41,7 @@ impl Profile {
 
     /// Notes multiply-adds with weights.
     pub(crate) fn multiply(&mut self, rounding: Option<Rounding>, multiply_adds: usize) {
-        let n = multiply_adds as u64;
-        self.weights += match rounding {
-            None => MultiplyAdds { f32: n, ..MultiplyAdds::default() },
-            Some(Rounding::Bf16) => MultiplyAdds { bf16: n, ..MultiplyAdds::default() },
-            Some(Rounding::Bytes) => MultiplyAdds { bytes: n, ..MultiplyAdds::default() },
-        };
+        self.weights += sizes::multiply_adds(rounding, multiply_adds as u64);
     }
 
     /// Notes the products of the running attention, which are exact.

@@ -26,6 +26,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Show a checkpoint's architecture, parameters and bytes
     Inspect(InspectArgs),
+    /// Tell before loading what a model needs, whether that fits, and how fast it will be
+    Plan(PlanArgs),
     /// Measure prefill and decode speed
     Bench(BenchArgs),
     /// Check every kernel and the model's answers on this machine
@@ -51,6 +53,18 @@ pub struct ModelArgs {
     /// Longest conversation in tokens, answer included; default: the model's own, at most 4096
     #[arg(short, long, env = "OXSEEK_CTX", value_name = "TOKENS")]
     pub ctx: Option<usize>,
+    /// Where routed experts are: packed in memory (ram), or in the mapped files and read when they
+    /// are chosen (disk); auto takes disk when memory is short
+    #[arg(long, env = "OXSEEK_EXPERTS", value_enum, default_value_t = ExpertsArg::Auto)]
+    pub experts: ExpertsArg,
+}
+
+/// Where routed experts are, on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum ExpertsArg {
+    Auto,
+    Ram,
+    Disk,
 }
 
 /// [`Precision`] on the command line.
@@ -155,6 +169,22 @@ pub struct InspectArgs {
     /// List every tensor too
     #[arg(long)]
     pub tensors: bool,
+}
+
+/// `oxseek plan`
+#[derive(Debug, ClapArgs)]
+pub struct PlanArgs {
+    /// Folder of a Hugging Face checkpoint or GGUF file; default: --model, or the built-in demo model
+    #[arg(value_name = "MODEL")]
+    pub path: Option<PathBuf>,
+    /// Requests that are answered at the same time
+    #[arg(long, env = "OXSEEK_PARALLEL", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub parallel: u16,
+    /// Print one JSON object; sizes in bytes
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub model: ModelArgs,
 }
 
 /// `oxseek bench`

@@ -15,7 +15,7 @@ use self::{
 use crate::{
     args::BenchArgs,
     failure::Failure,
-    open::{cpu_backend, open_checkpoint},
+    open::{cpu_backend, open_checkpoint, placed_backend},
 };
 
 /// Tokens of the prompt whose first answer token is timed right after loading.
@@ -36,7 +36,7 @@ pub fn bench(args: &BenchArgs, started: Instant) -> Result<(), Failure> {
     if sizes.tokens > most {
         return Err(Failure::Usage(format!("{} tokens: this model was made for {most}", sizes.tokens)));
     }
-    let backend = cpu_backend(&args.model)?;
+    let backend = placed_backend(&args.model, &checkpoint, &sizes.options())?;
     let machine = Machine::of(&backend);
     let (level, threads) = (backend.level(), backend.threads());
     let mut model = DeepSeek::load(&checkpoint, Box::new(backend), sizes.options(), &mut |_, _| {})

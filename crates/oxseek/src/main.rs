@@ -9,7 +9,9 @@ mod conversation;
 mod demo;
 mod failure;
 mod inspect;
+mod memory;
 mod open;
+mod plan;
 mod run;
 mod selftest;
 mod serve;
@@ -29,6 +31,7 @@ fn main() -> ExitCode {
         Command::Chat(a) => chat::chat(&a),
         Command::Serve(a) => serve::serve(a),
         Command::Inspect(a) => inspect::inspect(&a),
+        Command::Plan(a) => plan::plan(&a),
         Command::Bench(a) => bench::bench(&a, started),
         Command::Selftest(a) => selftest::selftest(&a),
     };

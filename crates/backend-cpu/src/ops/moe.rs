@@ -9,6 +9,7 @@ use oxseek_tensor::{
 use super::{WORK_WORTH_A_FORK, matmul::Input, rows_per_task};
 use crate::{
     CpuBackend,
+    ahead::will_need,
     matrix::{Inputs, MatrixRef, Product},
     memory::Shared,
     packed::{RUN, Rounding},
@@ -129,6 +130,10 @@ impl CpuBackend {
                 }
             }
             if f.tokens.len() > from {
+                if self.experts_on_disk {
+                    // The disk reads all chosen experts while the first of them are computed.
+                    [e.gate, e.up, e.down].iter().for_each(|m| will_need(self.matrices[*m].stored().data()));
+                }
                 let [gate, up, down] = [e.gate, e.up, e.down].map(|m| self.matrices[m].factor());
                 f.push(op, gate, up, down, from)?;
             }
