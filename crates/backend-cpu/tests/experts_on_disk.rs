@@ -1,4 +1,5 @@
 //! Experts that stay in their files give the same bits as those that were packed.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use oxseek_backend_cpu::{CpuBackend, CpuOptions, Level, Precision};
 use oxseek_tensor::{

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Context of a conversation when nobody asks for another, in tokens.
-const CONTEXT_TOKENS_DEFAULT: usize = 4096;
+pub const CONTEXT_TOKENS_DEFAULT: usize = 4096;
 /// Rows of one step: the most prompt tokens that are computed between two tokens of the other sequences.
 const STEP_ROWS_MAX: usize = 512;
 
