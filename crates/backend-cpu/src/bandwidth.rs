@@ -1,10 +1,13 @@
 //! How fast this machine reads memory: the limit that decoding runs against.
 
-use std::{hint::black_box, time::Instant};
+use std::{hint::black_box, path::Path, time::Instant};
 
 use oxseek_tensor::Error;
 
-use crate::huge::{Arena, HugeBytes};
+use crate::{
+    huge::{Arena, HugeBytes},
+    numa::{Nodes, Topology},
+};
 
 /// Bytes that all threads read together in a pass, and the bounds of a thread's share: more than any cache holds.
 const BYTES_PER_PASS: usize = 1 << 30;
@@ -13,22 +16,32 @@ const BYTES_PER_THREAD: std::ops::RangeInclusive<usize> = 64 << 20..=256 << 20;
 /// Passes of one measurement.
 pub(crate) const READ_PASSES: usize = 5;
 
-/// Memory in 2 MiB pages that is read again and again, a part for each thread.
-pub(crate) struct Memory(Vec<HugeBytes>);
+/// Memory in 2 MiB pages that is read again and again, a part for each thread, near to it.
+pub(crate) struct Memory {
+    nodes: Nodes,
+    parts: Vec<HugeBytes>,
+}
 
 impl Memory {
     /// # Errors
     /// [`Error::OutOfMemory`]
-    pub(crate) fn new(threads: usize) -> Result<Self, Error> {
+    pub(crate) fn new(nodes: Nodes, threads: usize) -> Result<Self, Error> {
         let (least, most) = (*BYTES_PER_THREAD.start(), *BYTES_PER_THREAD.end());
-        let share = (BYTES_PER_PASS / threads.max(1)).clamp(least, most);
+        let share = (BYTES_PER_PASS / threads).clamp(least, most);
         let mut parts = Vec::new();
-        for t in 0..threads.max(1) {
-            let mut bytes = Arena::default().alloc(share)?;
-            bytes.as_mut().fill(t as u8 + 1);
-            parts.push(bytes);
+        for _ in 0..threads {
+            parts.push(Arena::default().alloc(share)?);
         }
-        Ok(Self(parts))
+        std::thread::scope(|scope| {
+            for (thread, part) in parts.iter_mut().enumerate() {
+                let nodes = &nodes;
+                scope.spawn(move || {
+                    nodes.enter(nodes.of_thread(thread));
+                    part.as_mut().fill(thread as u8 + 1);
+                });
+            }
+        });
+        Ok(Self { nodes, parts })
     }
 
     /// Bytes per second that all threads together read, in the best of some passes.
@@ -39,11 +52,14 @@ impl Memory {
     fn read(&self) -> f64 {
         let start = Instant::now();
         std::thread::scope(|scope| {
-            for part in &self.0 {
-                scope.spawn(|| black_box(sum(part.as_ref())));
+            for (thread, part) in self.parts.iter().enumerate() {
+                scope.spawn(move || {
+                    self.nodes.enter(self.nodes.of_thread(thread));
+                    black_box(sum(part.as_ref()))
+                });
             }
         });
-        let bytes: usize = self.0.iter().map(|part| part.as_ref().len()).sum();
+        let bytes: usize = self.parts.iter().map(|part| part.as_ref().len()).sum();
         bytes as f64 / start.elapsed().as_secs_f64()
     }
 }
@@ -53,7 +69,8 @@ impl Memory {
 /// # Errors
 /// [`Error::OutOfMemory`]
 pub fn read_bandwidth(threads: usize) -> Result<f64, Error> {
-    Ok(Memory::new(threads)?.best(READ_PASSES))
+    let threads = threads.max(1);
+    Ok(Memory::new(Nodes::new(Topology::read(Path::new("/")), threads), threads)?.best(READ_PASSES))
 }
 
 /// Sums 32 lanes apart, so that the compiler makes wide loads and the adds never wait for each other.

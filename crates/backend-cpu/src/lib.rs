@@ -1,7 +1,7 @@
 //! The CPU backend: AVX-512, AVX2, NEON and portable kernels, chosen at run time in one binary.
 //!
 //! * `detect.rs`: which level this CPU has.
-//! * `threads.rs`: the pool; one fork and join per op at most.
+//! * `threads.rs`: the pool; one fork and join per op at most. `numa.rs`: which threads and weights are near.
 //! * `packed.rs`, `packing.rs`, `huge.rs`: weights laid out for the kernels, in the background, in large pages.
 //! * `simd/`: the kernels. `ops/`: what each op forks and how rows become tasks.
 #![deny(unsafe_code)]
@@ -13,6 +13,7 @@ mod huge;
 mod limits;
 mod matrix;
 mod memory;
+mod numa;
 mod ops;
 mod packed;
 mod packing;
@@ -22,7 +23,11 @@ mod simd;
 mod sizes;
 mod threads;
 
-use std::task::{Context, Poll};
+use std::{
+    path::Path,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
 use oxseek_tensor::{
     Backend, DType, Error, HostMatrix,
@@ -38,6 +43,7 @@ pub use detect::Level;
 pub use limits::{LimitProbe, Limits};
 use matrix::{Matrix, MatrixRef};
 use memory::PerThread;
+use numa::Topology;
 use packing::Packer;
 use simd::Kernels;
 pub use sizes::MatrixCost;
@@ -169,17 +175,17 @@ impl CpuBackend {
     pub fn new(options: CpuOptions) -> Result<Self, Error> {
         let (level, kernels) = Level::choose(options.level)?;
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-        let pool = Pool::new(options.threads.unwrap_or_else(cores))?;
+        let pool = Pool::new(options.threads.unwrap_or_else(cores), Topology::read(Path::new("/")))?;
         Ok(Self {
             level,
             kernels,
             scratch: PerThread::new(pool.threads()),
-            pool,
             panel_len: 0,
             precision: options.precision,
             profile: profile::Profile::default(),
             matrices: Vec::new(),
-            packer: Packer::default(),
+            packer: Packer::new(Arc::clone(pool.nodes())),
+            pool,
             experts_on_disk: false,
             vectors: Vec::new(),
             experts: Vec::new(),

@@ -1,13 +1,14 @@
 //! What this machine can do at best, measured: the limits that prefill and decoding run against.
 #![allow(unsafe_code, reason = "runs the multiplying loops of a level")]
 
-use std::{hint::black_box, time::Instant};
+use std::{hint::black_box, path::Path, time::Instant};
 
 use oxseek_tensor::{Error, backend::MultiplyAdds, dtype::f32_to_bf16};
 
 use crate::{
     Level,
     bandwidth::{Memory, READ_PASSES},
+    numa::{Nodes, Topology},
     simd::{
         Kernels,
         peak::{PEAK_BYTES, Peak, TOKENS_MAX, WEIGHT_BYTES},
@@ -53,6 +54,7 @@ impl Limits {
 /// Measures [`Limits`] as often as one asks.
 pub struct LimitProbe {
     threads: usize,
+    nodes: Nodes,
     kernels: &'static Kernels,
     memory: Memory,
     /// Factors of each kind.
@@ -72,7 +74,9 @@ impl LimitProbe {
         let data = factors();
         let rounds = std::array::from_fn(|kind| enough_rounds(kernels.peaks[kind], &data[kind]));
         let threads = threads.max(1);
-        Ok(Self { threads, kernels, memory: Memory::new(threads)?, data, rounds })
+        let nodes = Nodes::new(Topology::read(Path::new("/")), threads);
+        let memory = Memory::new(nodes.clone(), threads)?;
+        Ok(Self { threads, nodes, kernels, memory, data, rounds })
     }
 
     /// Takes about 0.2 seconds.
@@ -86,8 +90,13 @@ impl LimitProbe {
         let (peak, data, rounds) = (self.kernels.peaks[kind], &self.data[kind], self.rounds[kind]);
         let start = Instant::now();
         let multiply_adds: u64 = std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                (0..self.threads).map(|_| scope.spawn(move || run(peak, data, rounds))).collect();
+            let start = |thread| {
+                scope.spawn(move || {
+                    self.nodes.enter(self.nodes.of_thread(thread));
+                    run(peak, data, rounds)
+                })
+            };
+            let threads: Vec<_> = (0..self.threads).map(start).collect();
             threads.into_iter().map(|t| t.join().unwrap_or(0)).sum()
         });
         2.0 * multiply_adds as f64 / start.elapsed().as_secs_f64()

@@ -43,15 +43,14 @@ pub fn bench(args: &BenchArgs, started: Instant) -> Result<(), Failure> {
         .map_err(|e| Failure::Model(e.to_string()))?;
     let load = started.elapsed();
     let mut context = Context::new(&model, sizes.batch, sizes.tokens);
-    let prompt = START_TOKENS.min(sizes.tokens - 1);
-    let first_token = context.prompt(&mut model, prompt)?;
+    let first_token = context.prompt(&mut model, START_TOKENS)?;
     let first_token_at = started.elapsed();
     let since = Instant::now();
     model.settle().map_err(|e| Failure::Run(e.to_string()))?;
     let packing = since.elapsed();
     let probe = probe(level, threads)?;
     let mut limits = probe.measure();
-    let start = Start { load, prompt, first_token, first_token_at, packing };
+    let start = Start { load, prompt: START_TOKENS, first_token, first_token_at, packing };
     report.begin(&name, &machine, &footprint, &start, &limits)?;
     for &depth in &sizes.depths {
         context.fill(&mut model, depth)?;
@@ -88,7 +87,7 @@ impl Sizes {
         let deepest = depths.last().copied().unwrap_or(0);
         Ok(Self {
             batch: args.batch.iter().copied().max().map_or(1, usize::from),
-            tokens: deepest + args.prompt.max(args.generate) as usize + 1,
+            tokens: START_TOKENS.max(deepest + args.prompt.max(args.generate) as usize) + 1,
             depths,
         })
     }

@@ -121,6 +121,8 @@ impl CpuBackend {
         if let Some(e) = routing.ids[..slots].iter().find(|e| **e as usize >= experts.len()) {
             return Err(shape_error(op, "expert id below", experts.len(), *e as usize));
         }
+        // Weights that may not have been read yet: the disk reads all chosen experts while the first are computed.
+        let in_files = self.experts_on_disk || self.packer.is_open();
         for (id, e) in experts.iter().enumerate() {
             let from = f.tokens.len();
             for (slot, &chosen) in routing.ids[..slots].iter().enumerate() {
@@ -130,8 +132,7 @@ impl CpuBackend {
                 }
             }
             if f.tokens.len() > from {
-                if self.experts_on_disk {
-                    // The disk reads all chosen experts while the first of them are computed.
+                if in_files {
                     [e.gate, e.up, e.down].iter().for_each(|m| will_need(self.matrices[*m].stored().data()));
                 }
                 let [gate, up, down] = [e.gate, e.up, e.down].map(|m| self.matrices[m].factor());
@@ -201,7 +202,12 @@ impl CpuBackend {
         let x = &x;
         let (groups, tokens, first_task) = (&f.groups, &f.tokens, &f.first_task);
         let (kernels, scratch, identity) = (self.kernels, &self.scratch, &self.identity);
+        let order = self.pool.nodes().order(tasks, |task| {
+            let group = first_task.partition_point(|&t| t <= task) - 1;
+            ((task - first_task[group]) * groups[group].chunk, groups[group].inner)
+        });
         self.pool.run(tasks, &|task, thread| {
+            let task = order.as_ref().map_or(task, |order| order[task]);
             let group = first_task.partition_point(|&t| t <= task) - 1;
             let g = &groups[group];
             let from = (task - first_task[group]) * g.chunk;

@@ -117,10 +117,9 @@ impl Need {
 pub fn place(asked: ExpertsArg, need: &Need, available: Option<u64>) -> Experts {
     let short = || available.is_some_and(|available| !need.fits(Experts::Ram, available));
     match asked {
-        ExpertsArg::Ram => Experts::Ram,
         ExpertsArg::Disk => Experts::Disk,
         ExpertsArg::Auto if need.has_experts() && short() => Experts::Disk,
-        ExpertsArg::Auto => Experts::Ram,
+        ExpertsArg::Auto | ExpertsArg::Ram => Experts::Ram,
     }
 }
 
