@@ -225,8 +225,8 @@ impl CpuBackend {
         self.step.tokens.len()
     }
 
-    /// Takes a weight if the kernels can, and makes room to decode or pack its rows. Unless `pack`, they are packed each
-    /// time they are used.
+    /// Takes a weight if the kernels can, and makes room to decode or pack its rows. Unless `pack`, they are packed
+    /// each time they are used.
     fn admit(&mut self, m: HostMatrix, pack: bool) -> Result<usize, Error> {
         if m.rows() == 0 || m.cols() == 0 {
             return Err(shape_error("load_matrix", "elements", 1, 0));
