@@ -1,27 +1,35 @@
 //! The CPU backend: AVX-512, AVX2, NEON and portable kernels, chosen at run time in one binary.
 //!
 //! * `detect.rs`: which level this CPU has.
-//! * `threads.rs`: the pool; one fork and join per op at most.
+//! * `threads.rs`: the pool; one fork and join per op at most. `numa.rs`: which threads and weights are near.
 //! * `packed.rs`, `packing.rs`, `huge.rs`: weights laid out for the kernels, in the background, in large pages.
 //! * `simd/`: the kernels. `ops/`: what each op forks and how rows become tasks.
 #![deny(unsafe_code)]
 
+mod ahead;
 mod bandwidth;
 mod cache;
 mod detect;
 mod huge;
 mod kv_b;
+mod limits;
 mod matrix;
 mod memory;
+mod numa;
 mod ops;
 mod packed;
 mod packing;
 mod profile;
 mod rounded;
 mod simd;
+mod sizes;
 mod threads;
 
-use std::task::{Context, Poll};
+use std::{
+    path::Path,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
 use oxseek_tensor::{
     Backend, DType, Error, HostMatrix,
@@ -36,11 +44,13 @@ pub use bandwidth::read_bandwidth;
 use cache::LatentCache;
 pub use detect::Level;
 use kv_b::PackedKvB;
+pub use limits::{LimitProbe, Limits};
 use matrix::{Matrix, MatrixRef};
 use memory::PerThread;
-use packed::PackedFormat;
+use numa::Topology;
 use packing::Packer;
 use simd::Kernels;
+pub use sizes::MatrixCost;
 use threads::Pool;
 
 /// Values of decoded weight rows that a thread keeps at a time: half of a usual L2 cache.
@@ -122,6 +132,8 @@ pub struct CpuBackend {
     profile: profile::Profile,
     matrices: Vec<Matrix>,
     packer: Packer,
+    /// Routed experts are not packed; their pages are asked for when they are chosen.
+    experts_on_disk: bool,
     vectors: Vec<Vec<f32>>,
     experts: Vec<Vec<ExpertRows>>,
     ropes: Vec<RopeTable>,
@@ -155,17 +167,18 @@ impl CpuBackend {
     pub fn new(options: CpuOptions) -> Result<Self, Error> {
         let (level, kernels) = Level::choose(options.level)?;
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-        let pool = Pool::new(options.threads.unwrap_or_else(cores))?;
+        let pool = Pool::new(options.threads.unwrap_or_else(cores), Topology::read(Path::new("/")))?;
         Ok(Self {
             level,
             kernels,
             scratch: PerThread::new(pool.threads()),
-            pool,
             panel_len: 0,
             precision: options.precision,
             profile: profile::Profile::default(),
             matrices: Vec::new(),
-            packer: Packer::default(),
+            packer: Packer::new(Arc::clone(pool.nodes())),
+            pool,
+            experts_on_disk: false,
             vectors: Vec::new(),
             experts: Vec::new(),
             ropes: Vec::new(),
@@ -185,6 +198,12 @@ impl CpuBackend {
             ffn: ops::moe::FfnScratch::default(),
             attention_tasks: Vec::new(),
         })
+    }
+
+    /// Leaves routed experts that are loaded from here on in their files, for machines whose memory does not hold a
+    /// packed copy of them. Results are the same, bit by bit.
+    pub fn leave_experts_on_disk(&mut self) {
+        self.experts_on_disk = true;
     }
 
     /// The SIMD level in use.
@@ -218,15 +237,12 @@ impl CpuBackend {
         Ok(())
     }
 
-    /// Takes a weight.
-    fn admit(&mut self, m: HostMatrix) -> Result<usize, Error> {
+    /// Takes a weight. Unless `pack`, its rows are packed each time they are used.
+    fn admit(&mut self, m: HostMatrix, pack: bool) -> Result<usize, Error> {
         self.make_room_for(&m)?;
-        let format = match self.precision {
-            Precision::Exact => None,
-            Precision::Native => PackedFormat::of(m.dtype()),
-        };
+        let format = self.precision.packed_format(m.dtype());
         let number = self.matrices.len();
-        if let Some(format) = format {
+        if let Some(format) = format.filter(|_| pack) {
             self.packer.push(number, m.clone(), format)?;
         }
         self.matrices.push(Matrix::new(m, format));
@@ -361,7 +377,7 @@ impl Backend for CpuBackend {
     }
 
     fn load_matrix(&mut self, matrix: HostMatrix) -> Result<Weight, Error> {
-        Ok(Weight(self.admit(matrix)? as u32))
+        Ok(Weight(self.admit(matrix, true)? as u32))
     }
 
     fn load_vector(&mut self, values: &[f32]) -> Result<Vector, Error> {
@@ -369,12 +385,12 @@ impl Backend for CpuBackend {
     }
 
     fn load_experts(&mut self, experts: Vec<ExpertMatrices>) -> Result<Experts, Error> {
-        let mut rows = Vec::with_capacity(experts.len());
+        let (mut rows, pack) = (Vec::with_capacity(experts.len()), !self.experts_on_disk);
         for e in experts {
             rows.push(ExpertRows {
-                gate: self.admit(e.gate)?,
-                up: self.admit(e.up)?,
-                down: self.admit(e.down)?,
+                gate: self.admit(e.gate, pack)?,
+                up: self.admit(e.up, pack)?,
+                down: self.admit(e.down, pack)?,
             });
         }
         Ok(Experts(push(&mut self.experts, rows)))

@@ -7,7 +7,10 @@
 
 use oxseek_tensor::{DType, Error, HostMatrix, dtype::e4m3_to_f32};
 
-use crate::huge::{Arena, HugeBytes};
+use crate::{
+    huge::{Arena, HugeBytes},
+    numa::Nodes,
+};
 
 mod parts;
 
@@ -138,15 +141,24 @@ pub(crate) struct Packed {
 }
 
 impl Packed {
-    /// Packs all of `m`.
+    /// Packs all of `m`, each node's groups on a thread of that node: the calling one, which goes from node to node.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`]
-    pub(crate) fn new(m: &HostMatrix, format: PackedFormat, arena: &mut Arena) -> Result<Self, Error> {
+    pub(crate) fn new(
+        m: &HostMatrix,
+        format: PackedFormat,
+        arena: &mut Arena,
+        nodes: &Nodes,
+    ) -> Result<Self, Error> {
         let layout = PanelRef::layout(format, m.rows(), m.cols());
         let mut bytes = arena.alloc(layout.groups() * layout.group_bytes)?;
-        for (group, out) in bytes.as_mut().chunks_exact_mut(layout.group_bytes).enumerate() {
-            pack_group(m, format, group, out);
+        let mut groups = bytes.as_mut().chunks_exact_mut(layout.group_bytes).enumerate();
+        for node in 0..nodes.count() {
+            nodes.enter(node);
+            for (group, out) in groups.by_ref().take(nodes.range(node, layout.groups()).len()) {
+                pack_group(m, format, group, out);
+            }
         }
         Ok(Self { panel: PanelRef { data: bytes.as_ptr(), ..layout }, _bytes: bytes })
     }

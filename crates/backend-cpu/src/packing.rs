@@ -1,7 +1,10 @@
 //! Packs weights in the background: the first token does not wait for it, and later ones run at full speed.
 
 use std::{
-    sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    },
     thread::JoinHandle,
     time::Duration,
 };
@@ -10,6 +13,7 @@ use oxseek_tensor::{Error, HostMatrix};
 
 use crate::{
     huge::Arena,
+    numa::Nodes,
     packed::{Packed, PackedFormat},
 };
 
@@ -23,8 +27,8 @@ struct Job {
 }
 
 /// A thread that packs matrices one after the other.
-#[derive(Default)]
 pub(crate) struct Packer {
+    nodes: Arc<Nodes>,
     running: Option<Running>,
     /// Matrices whose packed form has not come back yet.
     open: usize,
@@ -37,6 +41,11 @@ struct Running {
 }
 
 impl Packer {
+    /// Packs for threads that are spread over these nodes.
+    pub(crate) fn new(nodes: Arc<Nodes>) -> Self {
+        Self { nodes, running: None, open: 0 }
+    }
+
     /// Packs `stored` some time later; [`Packer::take`] gives it back under the number `matrix`.
     pub(crate) fn push(
         &mut self,
@@ -46,7 +55,7 @@ impl Packer {
     ) -> Result<(), Error> {
         let running = match self.running.take() {
             Some(running) if running.jobs.is_some() => running,
-            _ => start()?,
+            _ => start(Arc::clone(&self.nodes))?,
         };
         let job = Job { matrix, stored, format };
         // A packer that died leaves the weights as they are: they compute just as well.
@@ -54,6 +63,11 @@ impl Packer {
         self.open += usize::from(sent);
         self.running = Some(running);
         Ok(())
+    }
+
+    /// Whether matrices are still to be packed.
+    pub(crate) fn is_open(&self) -> bool {
+        self.open > 0
     }
 
     /// What is packed by now; with `wait`, what comes next, until nothing is left.
@@ -90,7 +104,7 @@ impl Drop for Packer {
     }
 }
 
-fn start() -> Result<Running, Error> {
+fn start(nodes: Arc<Nodes>) -> Result<Running, Error> {
     let (jobs, todo) = channel::<Job>();
     let (results, done) = channel();
     let pack = move || {
@@ -105,7 +119,7 @@ fn start() -> Result<Running, Error> {
         }
         let mut arena = Arena::default();
         for Job { matrix, stored, format } in queue.into_iter().chain(todo) {
-            if results.send((matrix, Packed::new(&stored, format, &mut arena))).is_err() {
+            if results.send((matrix, Packed::new(&stored, format, &mut arena, &nodes))).is_err() {
                 return;
             }
         }

@@ -24,12 +24,15 @@ mod gemm;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 pub(crate) mod panel;
+pub(crate) mod peak;
 pub(crate) mod portable;
 mod rounding;
 
 use crate::packed::Rounding;
 pub(crate) use gemm::{Gemm, Output, WeightRef};
+use panel::Panel;
 pub(crate) use panel::{PanelGemm, RowsRef};
+use peak::Peak;
 
 /// The kernels of one level. All are safe to call when the level is available and what each states holds.
 pub(crate) struct Kernels {
@@ -46,6 +49,8 @@ pub(crate) struct Kernels {
     round: unsafe fn(Rounding, *const f32, usize, *mut f32),
     /// Most tokens of a tile of `panel_gemm`, by [`Rounding`].
     tile_tokens: [usize; 2],
+    /// Products of F32, BF16 and bytes as fast as they go, for the probe of `limits.rs`.
+    pub(crate) peaks: [Peak; 3],
 }
 
 impl Kernels {
@@ -101,7 +106,7 @@ pub(crate) trait Simd: Copy {
 macro_rules! kernels {
     ($simd:ty, $panel:ty $(, $features:literal)?) => {
         use super::{Gemm, Kernels, PanelGemm, WeightRef, WeightedRows, elementwise, gemm as algorithm};
-        use super::{attention, panel, rounding};
+        use super::{attention, panel, peak, rounding};
 
         $(#[target_feature(enable = $features)])?
         unsafe fn gemm(g: &Gemm<'_>) {
@@ -155,6 +160,21 @@ macro_rules! kernels {
             // SAFETY: the caller's promise is passed on.
             unsafe { rounding::round(rounding, x, n, out) }
         }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn f32_products(data: *const u8, rounds: usize) -> (u64, f32) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { peak::f32_products::<$simd>(data, rounds) }
+        }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn bf16_products(data: *const u8, rounds: usize) -> (u64, f32) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { peak::bf16_products::<$panel>(data, rounds) }
+        }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn byte_products(data: *const u8, rounds: usize) -> (u64, f32) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { peak::byte_products::<$panel>(data, rounds) }
+        }
 
         $(#[target_feature(enable = $features)])?
         unsafe fn dot_rows(d: &attention::DotRows<'_>) {
@@ -181,6 +201,7 @@ macro_rules! kernels {
             attend_chunk,
             round,
             tile_tokens: panel::tile_tokens::<$panel>(),
+            peaks: [f32_products, bf16_products, byte_products],
         };
     };
 }

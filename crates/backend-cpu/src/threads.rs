@@ -10,11 +10,13 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering::SeqCst},
     },
-    thread::{self, JoinHandle, Thread},
+    thread::{self, JoinHandle, Thread, ThreadId},
     time::{Duration, Instant},
 };
 
 use oxseek_tensor::Error;
+
+use crate::numa::{Nodes, Topology};
 
 /// How long an idle worker looks for work before it sleeps: longer than the gaps between the ops of a step.
 const SPIN: Duration = Duration::from_micros(60);
@@ -24,9 +26,17 @@ const SPIN_ROUNDS: usize = 64;
 /// One fork: `work(task, thread)` for every task below `tasks`.
 struct Job<'a> {
     work: &'a (dyn Fn(usize, usize) + Sync),
-    tasks: usize,
-    next: AtomicUsize,
+    /// What is left of each node's tasks.
+    claims: &'a [Claims],
     panicked: AtomicBool,
+}
+
+/// The tasks of a node: claimed from a counter, by its own threads first. Counters of two nodes share no cache line.
+#[repr(align(128))]
+#[derive(Default)]
+struct Claims {
+    next: AtomicUsize,
+    end: AtomicUsize,
 }
 
 /// Seen by all threads.
@@ -46,11 +56,16 @@ pub(crate) struct Pool {
     shared: Arc<Shared>,
     workers: Vec<Thread>,
     handles: Vec<JoinHandle<()>>,
+    nodes: Arc<Nodes>,
+    claims: Vec<Claims>,
+    /// The thread that forks, once it has been pinned.
+    forking: Option<ThreadId>,
 }
 
 impl Pool {
-    /// A pool of `threads` threads, the calling one included.
-    pub(crate) fn new(threads: usize) -> Result<Self, Error> {
+    /// A pool of `threads` threads, the one that will fork included, spread over the nodes of `topology`.
+    pub(crate) fn new(threads: usize, topology: Topology) -> Result<Self, Error> {
+        let nodes = Arc::new(Nodes::new(topology, threads.max(1)));
         let shared = Arc::new(Shared {
             job: AtomicPtr::new(std::ptr::null_mut()),
             inside: AtomicUsize::new(0),
@@ -58,12 +73,18 @@ impl Pool {
             asleep: (1..threads.max(1)).map(|_| AtomicBool::new(false)).collect(),
             stop: AtomicBool::new(false),
         });
-        let mut pool = Self { shared, workers: Vec::new(), handles: Vec::new() };
+        let claims = (0..nodes.count()).map(|_| Claims::default()).collect();
+        let mut pool =
+            Self { shared, workers: Vec::new(), handles: Vec::new(), nodes, claims, forking: None };
         for worker in 0..pool.shared.asleep.len() {
-            let shared = Arc::clone(&pool.shared);
+            let (shared, nodes) = (Arc::clone(&pool.shared), Arc::clone(&pool.nodes));
             let handle = thread::Builder::new()
                 .name(format!("oxseek-cpu-{}", worker + 1))
-                .spawn(move || work_until_stopped(&shared, worker))
+                .spawn(move || {
+                    let node = nodes.of_thread(worker + 1);
+                    nodes.enter(node);
+                    work_until_stopped(&shared, worker, node);
+                })
                 .map_err(|e| Error::Device(format!("cannot start thread {}: {e}", worker + 1)))?;
             pool.workers.push(handle.thread().clone());
             pool.handles.push(handle);
@@ -82,18 +103,37 @@ impl Pool {
     /// # Errors
     /// [`Error::Device`] when a task panicked; the others have run.
     pub(crate) fn run(&mut self, tasks: usize, work: &(dyn Fn(usize, usize) + Sync)) -> Result<(), Error> {
-        let job = Job { work, tasks, next: AtomicUsize::new(0), panicked: AtomicBool::new(false) };
+        self.pin_forking();
+        for (node, claims) in self.claims.iter().enumerate() {
+            let range = self.nodes.range(node, tasks);
+            claims.next.store(range.start, SeqCst);
+            claims.end.store(range.end, SeqCst);
+        }
+        let job = Job { work, claims: &self.claims, panicked: AtomicBool::new(false) };
         if tasks > 1 && !self.workers.is_empty() {
             self.open(&job);
-            claim_tasks(&job, 0);
+            claim_tasks(&job, 0, 0);
             self.close();
         } else {
-            claim_tasks(&job, 0);
+            claim_tasks(&job, 0, 0);
         }
         if job.panicked.load(SeqCst) {
             return Err(Error::Device("a CPU kernel panicked; the step is lost".into()));
         }
         Ok(())
+    }
+
+    /// The nodes that its threads are spread over.
+    pub(crate) fn nodes(&self) -> &Arc<Nodes> {
+        &self.nodes
+    }
+
+    /// The pool may be made by another thread than the one that forks, so that one is pinned when it first does.
+    fn pin_forking(&mut self) {
+        if self.nodes.count() > 1 && self.forking != Some(thread::current().id()) {
+            self.nodes.enter(0);
+            self.forking = Some(thread::current().id());
+        }
     }
 
     fn open(&self, job: &Job<'_>) {
@@ -131,19 +171,24 @@ impl Drop for Pool {
     }
 }
 
-fn claim_tasks(job: &Job<'_>, thread: usize) {
-    loop {
-        let task = job.next.fetch_add(1, SeqCst);
-        if task >= job.tasks {
-            return;
-        }
-        if catch_unwind(AssertUnwindSafe(|| (job.work)(task, thread))).is_err() {
-            job.panicked.store(true, SeqCst);
+/// Runs tasks until none is left: those of the own node, then those of others.
+fn claim_tasks(job: &Job<'_>, thread: usize, node: usize) {
+    for i in 0..job.claims.len() {
+        let claims = &job.claims[(node + i) % job.claims.len()];
+        let end = claims.end.load(SeqCst);
+        loop {
+            let task = claims.next.fetch_add(1, SeqCst);
+            if task >= end {
+                break;
+            }
+            if catch_unwind(AssertUnwindSafe(|| (job.work)(task, thread))).is_err() {
+                job.panicked.store(true, SeqCst);
+            }
         }
     }
 }
 
-fn work_until_stopped(shared: &Shared, worker: usize) {
+fn work_until_stopped(shared: &Shared, worker: usize, node: usize) {
     let mut seen = 0;
     while !shared.stop.load(SeqCst) {
         let forks = shared.forks.load(SeqCst);
@@ -157,7 +202,7 @@ fn work_until_stopped(shared: &Shared, worker: usize) {
         if !job.is_null() {
             // SAFETY: `inside` was raised before `job` was read, both sequentially consistent. If the pointer is not
             // null, `close` has not yet taken it down, and it will wait for `inside` to fall before the job dies.
-            claim_tasks(unsafe { &*job }, worker + 1);
+            claim_tasks(unsafe { &*job }, worker + 1, node);
         }
         shared.inside.fetch_sub(1, SeqCst);
     }
@@ -184,11 +229,12 @@ fn wait_for_fork(shared: &Shared, worker: usize, seen: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::numa::tests::two_nodes;
 
     #[test]
     fn every_task_runs_once() {
         for threads in [1, 2, 3, 8] {
-            let mut pool = Pool::new(threads).unwrap();
+            let mut pool = Pool::new(threads, Topology::default()).unwrap();
             for tasks in [0, 1, 2, 7, 100] {
                 let runs: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
                 pool.run(tasks, &|task, thread| {
@@ -202,8 +248,25 @@ mod tests {
     }
 
     #[test]
+    fn every_task_runs_once_on_two_nodes() {
+        for (threads, first, second) in [(2, 1, 1), (5, 3, 2), (8, 2, 6)] {
+            let mut pool = Pool::new(threads, two_nodes(first, second)).unwrap();
+            assert_eq!(pool.nodes().count(), 2);
+            for tasks in [0, 1, 2, 7, 100] {
+                let runs: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(tasks, &|task, thread| {
+                    assert!(thread < threads);
+                    runs[task].fetch_add(1, SeqCst);
+                })
+                .unwrap();
+                assert!(runs.iter().all(|r| r.load(SeqCst) == 1), "{threads} threads, {tasks} tasks");
+            }
+        }
+    }
+
+    #[test]
     fn more_threads_than_cores_do_not_hang() {
-        let mut pool = Pool::new(16).unwrap();
+        let mut pool = Pool::new(16, Topology::default()).unwrap();
         let sum = AtomicUsize::new(0);
         for _ in 0..20_000 {
             pool.run(4, &|task, _| {
@@ -216,7 +279,7 @@ mod tests {
 
     #[test]
     fn a_sleeping_pool_wakes_up() {
-        let mut pool = Pool::new(4).unwrap();
+        let mut pool = Pool::new(4, Topology::default()).unwrap();
         for _ in 0..20 {
             thread::sleep(Duration::from_millis(2));
             let runs = AtomicUsize::new(0);
@@ -230,7 +293,7 @@ mod tests {
 
     #[test]
     fn a_panic_is_an_error_and_the_pool_lives_on() {
-        let mut pool = Pool::new(3).unwrap();
+        let mut pool = Pool::new(3, Topology::default()).unwrap();
         let result = pool.run(10, &|task, _| assert!(task != 5, "this panic is part of the test"));
         assert!(matches!(result, Err(Error::Device(_))));
         pool.run(10, &|_, _| {}).unwrap();

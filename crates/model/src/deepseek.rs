@@ -55,6 +55,13 @@ pub struct LoadOptions {
     pub cache_format: CacheFormat,
 }
 
+impl LoadOptions {
+    /// Bytes of the activations that a model made with these sizes keeps, beside weights and cache.
+    pub fn scratch_bytes(&self, config: &ModelConfig) -> u64 {
+        Scratch::bytes(config, self)
+    }
+}
+
 /// A model of the DeepSeek family on a backend.
 pub struct DeepSeek {
     backend: Box<dyn Backend>,

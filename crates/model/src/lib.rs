@@ -11,4 +11,4 @@ pub mod kv;
 
 pub use batch::{Batch, LanguageModel, LogitRows, ModelError, ModelLimits, SequenceRows};
 pub use deepseek::{DeepSeek, LoadError, LoadOptions};
-pub use footprint::Footprint;
+pub use footprint::{Footprint, MatrixRole, StoredMatrices, stored_matrices};

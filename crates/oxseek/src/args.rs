@@ -29,6 +29,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Show a checkpoint's architecture, parameters and bytes
     Inspect(InspectArgs),
+    /// Tell before loading what a model needs, whether that fits, and how fast it will be
+    Plan(PlanArgs),
     /// Measure prefill and decode speed
     Bench(BenchArgs),
     /// Write a checkpoint as a GGUF file in another format
@@ -62,6 +64,18 @@ pub struct ModelArgs {
     /// Longest conversation in tokens, answer included; default: the model's own, at most 4096
     #[arg(short, long, env = "OXSEEK_CTX", value_name = "TOKENS")]
     pub ctx: Option<usize>,
+    /// Where routed experts are: packed in memory (ram), or in the mapped files and read when they
+    /// are chosen (disk); auto takes disk when memory is short
+    #[arg(long, env = "OXSEEK_EXPERTS", value_enum, default_value_t = ExpertsArg::Auto)]
+    pub experts: ExpertsArg,
+}
+
+/// Where routed experts are, on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum ExpertsArg {
+    Auto,
+    Ram,
+    Disk,
 }
 
 /// [`Precision`] on the command line.
@@ -192,24 +206,50 @@ pub struct InspectArgs {
     pub tensors: bool,
 }
 
+/// `oxseek plan`
+#[derive(Debug, ClapArgs)]
+pub struct PlanArgs {
+    /// Folder of a Hugging Face checkpoint or GGUF file; default: --model, or the built-in demo model
+    #[arg(value_name = "MODEL")]
+    pub path: Option<PathBuf>,
+    /// Requests that are answered at the same time
+    #[arg(long, env = "OXSEEK_PARALLEL", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub parallel: u16,
+    /// Print one JSON object; sizes in bytes
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
 /// `oxseek bench`
 #[derive(Debug, ClapArgs)]
 pub struct BenchArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Tokens of the prompt
-    #[arg(short, long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    /// Tokens of the prompt; 0 measures no prefill
+    #[arg(short, long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(0..=65536))]
     pub prompt: u32,
-    /// Tokens to generate
-    #[arg(short = 'n', long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    /// Tokens to generate; 0 measures no decoding
+    #[arg(short = 'n', long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(0..=65536))]
     pub generate: u32,
     /// Sequences that run together
     #[arg(short, long, default_value = "1,8", value_delimiter = ',')]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
     pub batch: Vec<u16>,
+    /// Tokens of context before the prompt and before the generated tokens
+    #[arg(short, long, default_value = "0", value_delimiter = ',')]
+    #[arg(value_parser = clap::value_parser!(u32).range(0..=1_048_576))]
+    pub depth: Vec<u32>,
     /// Show where the time went, op by op
     #[arg(long)]
     pub profile: bool,
+    /// Measure only what this machine can do, reading and multiplying; no model is loaded
+    #[arg(long)]
+    pub limit: bool,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = BenchFormat::Table)]
+    pub format: BenchFormat,
     /// Runs of each test; the median counts
     #[arg(short, long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub repeat: u16,
@@ -259,6 +299,17 @@ pub struct SynthArgs {
     pub seed: u64,
     /// A GGUF file, if it ends in .gguf, else a Hugging Face folder (f32, f16, bf16 and fp8 only)
     pub out: PathBuf,
+}
+
+/// How `oxseek bench` prints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum BenchFormat {
+    /// For people
+    Table,
+    /// One object; rates in bytes and operations per second, parts of limits from 0 to 1
+    Json,
+    /// A row per test, with --profile one per op too
+    Csv,
 }
 
 /// `oxseek selftest`

@@ -2,18 +2,31 @@
 
 use std::io::Write;
 
+use oxseek_backend_cpu::Precision;
 use oxseek_model::Footprint;
 use oxseek_tensor::{CacheFormat, backend::Scoring};
 use oxseek_weights::{Checkpoint, ModelConfig, TopkMethod};
 
-use crate::{args::InspectArgs, failure::Failure, open::open_checkpoint};
+use crate::{
+    args::InspectArgs,
+    failure::Failure,
+    open::{CONTEXT_TOKENS_DEFAULT, load_options, open_checkpoint},
+    plan::need::{Experts, Need},
+};
 
-/// Prints architecture, parameters, bytes per format, bytes read per token and cache bytes per token.
+/// Prints architecture, parameters, bytes per format, bytes read per token, cache bytes per token and what stays in
+/// memory.
 pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     let (name, checkpoint) = open_checkpoint(args.model.as_deref())?;
     let mut out = std::io::stdout().lock();
     let footprint = Footprint::of(&checkpoint, CacheFormat::Bf16);
-    for (label, value) in architecture(&name, checkpoint.config()).iter().chain(&sizes(&footprint)) {
+    let context = checkpoint.config().max_position_embeddings.min(CONTEXT_TOKENS_DEFAULT);
+    let options = load_options(context, 1, CacheFormat::Bf16);
+    let need = Need::of(&checkpoint, &options, Precision::Native, 1);
+    let mut lines = architecture(&name, checkpoint.config());
+    lines.extend(sizes(&footprint));
+    lines.extend(resident(&need, context));
+    for (label, value) in lines {
         writeln!(out, "{label:<22} {value}")?;
     }
     if args.tensors {
@@ -88,6 +101,23 @@ fn sizes(f: &Footprint) -> Vec<Line> {
     lines.push(("weights in all", size(f.bytes_by_format.values().sum())));
     lines.push(("read per token", size(f.bytes_per_token)));
     lines.push(("cache per token", format!("{} in BF16", size(f.cache_bytes_per_token))));
+    lines
+}
+
+/// What stays in memory, from `oxseek plan`'s own figures.
+fn resident(n: &Need, context: usize) -> Vec<Line> {
+    let all = size(n.resident(Experts::Ram));
+    let mut lines = vec![("in memory", format!("{all} with one answer of {context} tokens"))];
+    if n.has_experts() {
+        let rest = size(n.resident(Experts::Disk));
+        lines.push(("", format!("{rest} with experts on disk")));
+    }
+    if n.made > 0 {
+        lines.push((
+            "",
+            format!("{} of it made at load, because no kernel takes what the file has", size(n.made)),
+        ));
+    }
     lines
 }
 

@@ -12,7 +12,9 @@ mod failure;
 mod format_table;
 mod formats;
 mod inspect;
+mod memory;
 mod open;
+mod plan;
 mod progress;
 mod quantize;
 mod run;
@@ -22,7 +24,7 @@ mod synth;
 mod terminal;
 mod wording;
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Instant};
 
 use clap::Parser;
 
@@ -30,12 +32,14 @@ use args::{Args, Command};
 use failure::Failure;
 
 fn main() -> ExitCode {
+    let started = Instant::now();
     let result = match Args::parse().command {
         Command::Run(a) => run::run(&a),
         Command::Chat(a) => chat::chat(&a),
         Command::Serve(a) => serve::serve(a),
         Command::Inspect(a) => inspect::inspect(&a),
-        Command::Bench(a) => bench::bench(&a),
+        Command::Plan(a) => plan::plan(&a),
+        Command::Bench(a) => bench::bench(&a, started),
         Command::Quantize(a) => quantize::quantize(&a),
         Command::Synth(a) => synth::synth(&a),
         Command::Selftest(a) => selftest::selftest(&a),

@@ -6,13 +6,19 @@ use indicatif::{ProgressBar, ProgressStyle};
 use oxseek_backend_cpu::{CpuBackend, CpuOptions};
 use oxseek_engine::{Engine, EngineHandle, EngineOptions, Sampling};
 use oxseek_model::{DeepSeek, LoadOptions, kv::blocks_for};
+use oxseek_tensor::CacheFormat;
 use oxseek_text::ChatTemplate;
 use oxseek_weights::{Checkpoint, Gguf, gguf::Value};
 
-use crate::{args::ModelArgs, failure::Failure, wording::Wording};
+use crate::{
+    args::ModelArgs,
+    failure::Failure,
+    plan::{need::Experts, place_experts},
+    wording::Wording,
+};
 
 /// Context of a conversation when nobody asks for another, in tokens.
-const CONTEXT_TOKENS_DEFAULT: usize = 4096;
+pub const CONTEXT_TOKENS_DEFAULT: usize = 4096;
 /// Rows of one step: the most prompt tokens that are computed between two tokens of the other sequences.
 const STEP_ROWS_MAX: usize = 512;
 
@@ -78,6 +84,30 @@ pub fn cpu_backend(args: &ModelArgs) -> Result<CpuBackend, Failure> {
     CpuBackend::new(options).map_err(|e| Failure::Usage(e.to_string()))
 }
 
+/// The same, with the experts of a model that is about to be loaded in memory or on disk.
+pub fn placed_backend(
+    args: &ModelArgs,
+    checkpoint: &Checkpoint,
+    options: &LoadOptions,
+) -> Result<CpuBackend, Failure> {
+    let mut backend = cpu_backend(args)?;
+    if place_experts(args, checkpoint, options, backend.threads()) == Experts::Disk {
+        backend.leave_experts_on_disk();
+    }
+    Ok(backend)
+}
+
+/// Sizes of a model that answers `parallel` requests of at most `context` tokens at a time.
+pub fn load_options(context: usize, parallel: usize, cache_format: CacheFormat) -> LoadOptions {
+    LoadOptions {
+        context_tokens_max: context,
+        cache_blocks: parallel * blocks_for(context),
+        step_rows_max: STEP_ROWS_MAX.max(parallel),
+        logit_rows_max: parallel,
+        cache_format,
+    }
+}
+
 /// The context that the command line asks for, in tokens.
 pub fn context_tokens(args: &ModelArgs, checkpoint: &Checkpoint) -> Result<usize, Failure> {
     let most = checkpoint.config().max_position_embeddings;
@@ -109,17 +139,11 @@ pub fn start_engine(
     let Wording { tokenizer, template, sampling } = Wording::of(checkpoint)?;
     let c = checkpoint.config();
     let context = context_tokens(args, checkpoint)?;
-    let options = LoadOptions {
-        context_tokens_max: context,
-        cache_blocks: parallel * blocks_for(context),
-        step_rows_max: STEP_ROWS_MAX.max(parallel),
-        logit_rows_max: parallel,
-        cache_format: args.cache_format(),
-    };
+    let options = load_options(context, parallel, args.cache_format());
+    let backend = placed_backend(args, checkpoint, &options)?;
     let bar = LoadBar::new();
-    let model =
-        DeepSeek::load(checkpoint, Box::new(cpu_backend(args)?), options, &mut |done, of| bar.show(done, of))
-            .map_err(|e| broken(&e))?;
+    let model = DeepSeek::load(checkpoint, Box::new(backend), options, &mut |done, of| bar.show(done, of))
+        .map_err(|e| broken(&e))?;
     bar.finish();
     let text_of = |id: Option<u32>| id.map(|id| tokenizer.decode(&[id])).unwrap_or_default();
     let bos = text_of(c.bos_token_id.or(tokenizer.bos_id()));

@@ -292,8 +292,13 @@ mod tests {
     }"#;
 
     fn logits(checkpoint: &Checkpoint) -> Vec<f32> {
-        let options =
-            LoadOptions { context_tokens_max: 64, cache_blocks: 1, step_rows_max: 8, logit_rows_max: 1 };
+        let options = LoadOptions {
+            context_tokens_max: 64,
+            cache_blocks: 1,
+            step_rows_max: 8,
+            logit_rows_max: 1,
+            cache_format: oxseek_tensor::CacheFormat::F32,
+        };
         let backend = Box::new(ReferenceBackend::new());
         let mut model = DeepSeek::load(checkpoint, backend, options, &mut |_, _| {}).unwrap();
         let mut logits = vec![0.0; 512];

@@ -12,7 +12,10 @@
 //!
 //! Shapes are row-major. `T` is the number of rows (tokens) of the step, `D` the hidden size.
 
-use std::task::{Context, Poll};
+use std::{
+    ops::AddAssign,
+    task::{Context, Poll},
+};
 
 use crate::{
     CacheFormat, Error, HostMatrix,
@@ -161,6 +164,42 @@ pub struct OpCost {
     pub seconds: f64,
     /// Bytes of weights and cache that it read, each counted once per call.
     pub bytes: u64,
+    /// Multiply-adds of weights: every row of activations with each weight that it meets, once.
+    pub weights: MultiplyAdds,
+    /// Multiply-adds of attention over the cache: scores, weighted sums, and rows expanded again. They grow with the
+    /// context.
+    pub attention: MultiplyAdds,
+}
+
+/// Multiply-adds by what the activations are when they meet the other factor.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MultiplyAdds {
+    /// F32.
+    pub f32: u64,
+    /// BF16.
+    pub bf16: u64,
+    /// 8 bits.
+    pub bytes: u64,
+}
+
+impl MultiplyAdds {
+    /// F32, BF16, 8 bits.
+    pub fn by_kind(self) -> [u64; 3] {
+        [self.f32, self.bf16, self.bytes]
+    }
+
+    /// All of them.
+    pub fn total(self) -> u64 {
+        self.by_kind().iter().sum()
+    }
+}
+
+impl AddAssign for MultiplyAdds {
+    fn add_assign(&mut self, b: Self) {
+        self.f32 += b.f32;
+        self.bf16 += b.bf16;
+        self.bytes += b.bytes;
+    }
 }
 
 /// How a router turns logits into choices (DeepSeek-V3 paper, section 2.1.2).
@@ -241,6 +280,21 @@ pub struct Segment {
     pub first_block: usize,
     /// How these rows attend.
     pub mode: AttendMode,
+}
+
+impl Segment {
+    /// Multiply-adds of its attention beside each row's own products with `kv_b`: scores and weighted sums, and in the
+    /// expanded form the keys and values of the rows that were in the cache before.
+    pub fn attention_work(&self, shape: &MlaShape) -> u64 {
+        let MlaShape { heads, nope, rope, value, latent, .. } = *shape;
+        // Row r sees start + r + 1 positions.
+        let seen = self.rows * self.start + self.rows * (self.rows + 1) / 2;
+        let per_head = match self.mode {
+            AttendMode::Absorbed => seen * (2 * latent + rope),
+            AttendMode::Expanded => seen * (nope + rope + value) + self.start * latent * (nope + value),
+        };
+        (heads * per_head) as u64
+    }
 }
 
 /// Everything that changes from step to step. The rows of all segments together are rows `0..T`, in order.

@@ -44,7 +44,7 @@ impl CpuBackend {
         let w = self.factor(op, weight)?;
         self.sized(op, x, rows, w.cols)?;
         self.sized(op, out, rows, w.rows)?;
-        self.profile.bytes += w.bytes as u64;
+        self.profile.product(&w, rows);
         let inputs = self.inputs(x, rows, &[w])?;
         let mut y = std::mem::take(&mut self.buffers[out.0 as usize].values);
         let result = self.multiply(w, inputs, rows, &mut y, output);

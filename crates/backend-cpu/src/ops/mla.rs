@@ -16,7 +16,7 @@ mod native;
 pub(crate) use native::NativeScratch;
 
 use super::{matmul::Input, rope::rotate};
-use crate::{CpuBackend, cache::LatentRows, kv_b::Factor, memory::Shared, simd::WeightRef};
+use crate::{CpuBackend, cache::LatentRows, kv_b::Factor, memory::Shared, packed::Rounding, simd::WeightRef};
 
 /// Most heads of one row that a task attends with: they share each cache row that it reads.
 const HEADS_PER_TASK_MAX: usize = 8;
@@ -93,10 +93,12 @@ impl CpuBackend {
         match &self.kv_bs[kv_b.0 as usize].factor {
             Factor::Stored(w) => {
                 self.profile.bytes += w.total_bytes() as u64;
+                self.profile.attend(shape, &self.step.segments, None);
                 self.attend_exactly(shape, q, WeightRef::new(w), cache, out)
             }
             Factor::Packed(w) => {
                 self.profile.bytes += w.absorbed_bytes() as u64;
+                self.profile.attend(shape, &self.step.segments, Some(Rounding::Bf16));
                 self.attend_natively(shape, q, w.panels(), cache, out)
             }
         }

@@ -9,6 +9,7 @@ use oxseek_tensor::{
 use super::{WORK_WORTH_A_FORK, matmul::Input, rows_per_task};
 use crate::{
     CpuBackend,
+    ahead::will_need,
     matrix::{Inputs, MatrixRef, Product},
     memory::Shared,
     packed::{RUN, Rounding},
@@ -120,6 +121,8 @@ impl CpuBackend {
         if let Some(e) = routing.ids[..slots].iter().find(|e| **e as usize >= experts.len()) {
             return Err(shape_error(op, "expert id below", experts.len(), *e as usize));
         }
+        // Weights that may not have been read yet: the disk reads all chosen experts while the first are computed.
+        let in_files = self.experts_on_disk || self.packer.is_open();
         for (id, e) in experts.iter().enumerate() {
             let from = f.tokens.len();
             for (slot, &chosen) in routing.ids[..slots].iter().enumerate() {
@@ -129,6 +132,9 @@ impl CpuBackend {
                 }
             }
             if f.tokens.len() > from {
+                if in_files {
+                    [e.gate, e.up, e.down].iter().for_each(|m| will_need(self.matrices[*m].stored().data()));
+                }
                 let [gate, up, down] = [e.gate, e.up, e.down].map(|m| self.matrices[m].factor());
                 f.push(op, gate, up, down, from)?;
             }
@@ -155,8 +161,9 @@ impl CpuBackend {
         let stride = f.groups.iter().map(|g| g.inner).max().unwrap_or(0);
         f.shape_inner(stride);
         self.count_to(f.tokens.len());
-        self.profile.bytes +=
-            f.groups.iter().map(|g| (g.gate.bytes + g.up.bytes + g.down.bytes) as u64).sum::<u64>();
+        for g in &f.groups {
+            [g.gate, g.up, g.down].iter().for_each(|w| self.profile.product(w, g.to - g.from));
+        }
         let x = self.group_inputs(f, x, rows)?;
         self.inner_activations(f, x, stride)?;
         self.outputs(f, out, width, stride)
@@ -195,7 +202,12 @@ impl CpuBackend {
         let x = &x;
         let (groups, tokens, first_task) = (&f.groups, &f.tokens, &f.first_task);
         let (kernels, scratch, identity) = (self.kernels, &self.scratch, &self.identity);
+        let order = self.pool.nodes().order(tasks, |task| {
+            let group = first_task.partition_point(|&t| t <= task) - 1;
+            ((task - first_task[group]) * groups[group].chunk, groups[group].inner)
+        });
         self.pool.run(tasks, &|task, thread| {
+            let task = order.as_ref().map_or(task, |order| order[task]);
             let group = first_task.partition_point(|&t| t <= task) - 1;
             let g = &groups[group];
             let from = (task - first_task[group]) * g.chunk;
@@ -295,6 +307,8 @@ impl CpuBackend {
         expect(op, "top_k", shape.top_k, self.routing(op, out, rows)?.top_k)?;
         let mut logits = std::mem::take(&mut self.logits);
         logits.resize(rows * shape.experts, 0.0);
+        self.profile.bytes += w.total_bytes() as u64;
+        self.profile.multiply(None, rows * shape.experts * w.cols());
         let x = self.buffers[x.0 as usize].values.as_ptr();
         let result = self.gemm(&WeightRef::new(&w), shape.experts, x, rows, &mut logits, Output::Store);
         let routing = &mut self.routings[out.0 as usize];

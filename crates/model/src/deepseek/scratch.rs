@@ -34,20 +34,41 @@ pub(super) struct Scratch {
 
 impl Scratch {
     pub(super) fn new(b: &mut dyn Backend, c: &ModelConfig, o: &LoadOptions) -> Result<Self, Error> {
+        let routing = b.alloc_routing(o.step_rows_max, c.num_experts_per_tok.max(1))?;
+        Self::from_buffers(c, o, routing, &mut |rows, cols| b.alloc(rows, cols))
+    }
+
+    /// Bytes of all buffers, without making them.
+    pub(super) fn bytes(c: &ModelConfig, o: &LoadOptions) -> u64 {
+        let mut values = (2 * o.step_rows_max * c.num_experts_per_tok.max(1)) as u64;
+        let counted = Self::from_buffers(c, o, Routing(0), &mut |rows, cols| {
+            values = values.saturating_add((rows as u64).saturating_mul(cols as u64));
+            Ok(Buffer(0))
+        });
+        debug_assert!(counted.is_ok(), "counting never fails");
+        values.saturating_mul(4)
+    }
+
+    fn from_buffers(
+        c: &ModelConfig,
+        o: &LoadOptions,
+        routing: Routing,
+        alloc: &mut dyn FnMut(usize, usize) -> Result<Buffer, Error>,
+    ) -> Result<Self, Error> {
         let shape = mla_shape(c);
         let (t, r) = (o.step_rows_max, o.logit_rows_max);
         let mtp_rows = if c.num_nextn_predict_layers > 0 { r } else { 1 };
         Ok(Self {
-            x: b.alloc(t, c.hidden_size)?,
-            h: b.alloc(t, c.hidden_size)?,
-            q_latent: b.alloc(t, c.q_lora_rank.unwrap_or(1))?,
-            q: b.alloc(t, shape.heads * (shape.nope + shape.rope))?,
-            kv: b.alloc(t, shape.latent + shape.rope)?,
-            attended: b.alloc(t, shape.heads * shape.value)?,
-            routing: b.alloc_routing(t, c.num_experts_per_tok.max(1))?,
-            last: b.alloc(r, c.hidden_size)?,
-            logits: b.alloc(r, c.vocab_size)?,
-            joined: b.alloc(mtp_rows, 2 * c.hidden_size)?,
+            x: alloc(t, c.hidden_size)?,
+            h: alloc(t, c.hidden_size)?,
+            q_latent: alloc(t, c.q_lora_rank.unwrap_or(1))?,
+            q: alloc(t, shape.heads * (shape.nope + shape.rope))?,
+            kv: alloc(t, shape.latent + shape.rope)?,
+            attended: alloc(t, shape.heads * shape.value)?,
+            routing,
+            last: alloc(r, c.hidden_size)?,
+            logits: alloc(r, c.vocab_size)?,
+            joined: alloc(mtp_rows, 2 * c.hidden_size)?,
         })
     }
 }
