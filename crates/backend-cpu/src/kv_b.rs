@@ -185,7 +185,8 @@ mod tests {
     fn every_weight_has_its_place() {
         let shape = MlaShape { heads: 3, nope: 5, rope: 2, value: 18, latent: 33, softmax_scale: 1.0 };
         let m = Random::new(3).matrix(DType::BF16, 3 * 23, 33).unwrap();
-        let packed = PackedKvB::new(&m, &shape, &mut Arena::default(), &mut Pool::new(2).unwrap()).unwrap();
+        let mut pool = Pool::new(2, crate::numa::Topology::default()).unwrap();
+        let packed = PackedKvB::new(&m, &shape, &mut Arena::default(), &mut pool).unwrap();
         let (bytes, mut row) = (packed.bytes.as_ref(), vec![0.0; 33]);
         for head in 0..3 {
             for r in 0..23 {

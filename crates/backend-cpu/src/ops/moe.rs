@@ -165,7 +165,7 @@ impl CpuBackend {
             [g.gate, g.up, g.down].iter().for_each(|w| self.profile.product(w, g.to - g.from));
         }
         let x = self.group_inputs(f, x, rows)?;
-        self.inner_activations(f, x, stride)?;
+        self.inner_activations(f, &x, stride)?;
         self.outputs(f, out, width, stride)
     }
 
@@ -184,7 +184,7 @@ impl CpuBackend {
         Ok(GroupInputs { exact: x.values.as_ptr(), stride: x.cols, rounded })
     }
 
-    fn inner_activations(&mut self, f: &mut FfnScratch, x: GroupInputs, stride: usize) -> Result<(), Error> {
+    fn inner_activations(&mut self, f: &mut FfnScratch, x: &GroupInputs, stride: usize) -> Result<(), Error> {
         let work: usize = f.groups.iter().map(Group::work).sum();
         // Tasks of about equal work, however many tokens an expert has; whole runs of rows, so that a task rounds what
         // it computed.
@@ -199,7 +199,6 @@ impl CpuBackend {
         }
         let inner = Shared::new(&mut f.inner);
         let rounded = f.rounded.each_mut().map(RoundedRows::view);
-        let x = &x;
         let (groups, tokens, first_task) = (&f.groups, &f.tokens, &f.first_task);
         let (kernels, scratch, identity) = (self.kernels, &self.scratch, &self.identity);
         let order = self.pool.nodes().order(tasks, |task| {

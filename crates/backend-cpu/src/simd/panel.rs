@@ -48,9 +48,9 @@ impl RowsRef {
 /// Row groups `groups` of W times the rows of x.
 ///
 /// # Safety (of the kernel)
-/// `w` has the groups; `x` is as many rows as `out_rows`, as wide as `w`, rounded for its format and laid in tiles of at
-/// most [`Kernels::tile_tokens`]; the i-th of `out_rows` is a row of `out`, `out_stride` apart, with room for the rows of
-/// the groups from its start on, that no other thread touches.
+/// `w` has the groups; `x` is as many rows as `out_rows`, as wide as `w`, rounded for its format and laid in tiles of
+/// at most [`Kernels::tile_tokens`]; the i-th of `out_rows` is a row of `out`, `out_stride` apart, with room for the
+/// rows of the groups from its start on, that no other thread touches.
 ///
 /// [`Kernels::tile_tokens`]: super::Kernels::tile_tokens
 pub(crate) struct PanelGemm<'a> {

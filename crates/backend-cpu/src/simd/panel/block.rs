@@ -1,4 +1,5 @@
 //! Block formats with 8-bit activations: integer sums per block, exact; scaled and summed in F32 per 128 columns.
+#![allow(clippy::needless_range_loop, reason = "rows and groups of a tile index several arrays at once")]
 
 use std::marker::PhantomData;
 

@@ -1,4 +1,5 @@
 //! BF16 and FP8 weights with BF16 activations, summed in F32.
+#![allow(clippy::needless_range_loop, reason = "rows and groups of a tile index several arrays at once")]
 
 use super::{Ahead, Panel, STREAM_AHEAD, Tiled};
 use crate::packed::{E4M3_BLOCK_BYTES, PanelRef};
