@@ -119,7 +119,12 @@ fn start(nodes: Arc<Nodes>) -> Result<Running, Error> {
         }
         let mut arena = Arena::default();
         for Job { matrix, stored, format } in queue.into_iter().chain(todo) {
-            if results.send((matrix, Packed::new(&stored, format, &mut arena, &nodes))).is_err() {
+            let packed = Packed::new(&stored, format, &mut arena, &nodes);
+            if packed.is_ok() {
+                // From now on the packed form is read: without this, weights would lie in memory twice.
+                stored.release();
+            }
+            if results.send((matrix, packed)).is_err() {
                 return;
             }
         }

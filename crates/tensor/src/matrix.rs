@@ -12,19 +12,35 @@ use crate::{
 pub struct ByteRegion {
     owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
     range: Range<usize>,
+    /// Gives the memory of a range of the owner's bytes back to the system, which can read them again.
+    release: Option<Arc<dyn Fn(Range<usize>) + Send + Sync>>,
 }
 
 impl ByteRegion {
     /// The `range` of `owner`'s bytes; `None` when it does not lie inside them.
     pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Option<Self> {
         let len = (*owner).as_ref().len();
-        (range.start <= range.end && range.end <= len).then_some(Self { owner, range })
+        (range.start <= range.end && range.end <= len).then_some(Self { owner, range, release: None })
     }
 
     /// All of `owner`'s bytes.
     pub fn whole(owner: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
         let range = 0..(*owner).as_ref().len();
-        Self { owner, range }
+        Self { owner, range, release: None }
+    }
+
+    /// The same bytes, of which `release` can give the memory of any range back to the system: reading them later
+    /// brings it again, at the price of reading the file.
+    #[must_use]
+    pub fn with_release(self, release: Arc<dyn Fn(Range<usize>) + Send + Sync>) -> Self {
+        Self { release: Some(release), ..self }
+    }
+
+    /// Says that these bytes will hardly be read again; the memory of a mapped file goes back to the system.
+    pub fn release(&self) {
+        if let Some(release) = &self.release {
+            release(self.range.clone());
+        }
     }
 
     /// All of `bytes`.
@@ -38,7 +54,11 @@ impl ByteRegion {
             return None;
         }
         let start = self.range.start + range.start;
-        Some(Self { owner: Arc::clone(&self.owner), range: start..start + range.len() })
+        Some(Self {
+            owner: Arc::clone(&self.owner),
+            range: start..start + range.len(),
+            release: self.release.clone(),
+        })
     }
 
     /// The bytes.
@@ -159,6 +179,11 @@ impl HostMatrix {
         self.data.bytes()
     }
 
+    /// Says that the stored bytes will hardly be read again, see [`ByteRegion::release`].
+    pub fn release(&self) {
+        self.data.release();
+    }
+
     /// Bytes of one row.
     pub fn row_bytes(&self) -> usize {
         self.cols / self.dtype.block_len() * self.dtype.block_bytes()
@@ -266,6 +291,18 @@ mod tests {
         let mut row = vec![0.0; 64];
         m.decode_row(2, &mut row);
         assert_eq!((row[31], row[32], row[33], m.total_bytes()), (0.0, 2.0, 1.0, 108));
+    }
+
+    #[test]
+    fn a_part_releases_its_own_bytes() {
+        let released = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let seen = Arc::clone(&released);
+        let all =
+            ByteRegion::from_vec(vec![7; 10]).with_release(Arc::new(move |r| seen.lock().unwrap().push(r)));
+        let part = all.slice(2..9).and_then(|p| p.slice(1..3)).unwrap();
+        part.release();
+        assert_eq!((part.bytes(), &released.lock().unwrap()[..]), ([7, 7].as_slice(), [3..5].as_slice()));
+        ByteRegion::from_vec(vec![1]).release();
     }
 
     #[test]

@@ -27,5 +27,42 @@ pub fn map(path: &Path) -> Result<ByteRegion, Error> {
     // truncates or rewrites the file while it is mapped: that ends us with SIGBUS or feeds us changed weights, never
     // corrupts our own memory, and SECURITY.md says so. The bytes are only ever read as plain integers.
     let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-    Ok(ByteRegion::whole(Arc::new(map)))
+    let map = Arc::new(map);
+    let region = ByteRegion::whole(Arc::clone(&map) as Arc<dyn AsRef<[u8]> + Send + Sync>);
+    Ok(region.with_release(Arc::new(move |range| release(&map, range))))
+}
+
+/// Takes the whole pages inside of a range out of this process; the system's file cache keeps them while it has room.
+#[cfg(unix)]
+fn release(map: &Mmap, range: std::ops::Range<usize>) {
+    /// Larger than any page: edges that other tensors share stay.
+    const EDGE: usize = 64 << 10;
+    let (from, to) = (range.start.next_multiple_of(EDGE), range.end / EDGE * EDGE);
+    if from < to {
+        // SAFETY: the mapping is of a file, shared and never written: pages that are dropped are read from the file
+        // again with the same bytes. A refusal changes nothing.
+        let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, from, to - from) };
+    }
+}
+
+#[cfg(not(unix))]
+fn release(_map: &Mmap, _range: std::ops::Range<usize>) {}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn released_bytes_come_back_the_same() {
+        let path = std::env::temp_dir().join(format!("oxseek-mmap-{}", std::process::id()));
+        let bytes: Vec<u8> = (0..300_000u32).map(|i| (i * 7 % 251) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let region = map(&path).unwrap();
+        for range in [0..300_000, 100..200, 65_000..200_001] {
+            region.slice(range).unwrap().release();
+            assert_eq!(region.bytes(), bytes);
+        }
+        std::fs::remove_file(&path).unwrap();
+    }
 }
