@@ -301,7 +301,9 @@ mod tests {
             ByteRegion::from_vec(vec![7; 10]).with_release(Arc::new(move |r| seen.lock().unwrap().push(r)));
         let part = all.slice(2..9).and_then(|p| p.slice(1..3)).unwrap();
         part.release();
-        assert_eq!((part.bytes(), &released.lock().unwrap()[..]), ([7, 7].as_slice(), [3..5].as_slice()));
+        assert_eq!(part.bytes(), [7, 7]);
+        let released = released.lock().unwrap();
+        assert_eq!((released.len(), &released[0]), (1, &(3..5)));
         ByteRegion::from_vec(vec![1]).release();
     }
 

@@ -106,7 +106,9 @@ impl Vocabulary<'_> {
     /// DeepSeek's tokens between bars only those that begin, end, pad and hold places, and not Kimi's for tools.
     fn is_special(&self, id: u32, text: &str) -> bool {
         let named = [self.bos, self.eos].contains(&Some(id)) || self.named.contains(&id);
-        let marker = text.starts_with("<｜") && !text.starts_with("<｜place▁holder") || text.contains("tool");
+        // DeepSeek-V3 names another token as its padding, and files then do not name this one.
+        let silent = ["<｜place▁holder", "<｜▁pad▁｜>"].iter().any(|s| text.starts_with(s));
+        let marker = text.starts_with("<｜") && !silent || text.contains("tool");
         named || !marker
     }
 
