@@ -193,10 +193,12 @@ fn pack_words(rows: &[&[u8]; GROUP_ROWS], at: usize, len: usize, out: &mut [u8])
     let whole = len / 4;
     let (lines, _) = out.as_chunks_mut::<64>();
     let (squares, _) = lines.as_chunks_mut::<4>();
-    for (i, square) in squares.iter_mut().enumerate() {
+    // The last words of a row may be fewer than a square, or not whole.
+    let whole_squares = len / 16;
+    for (i, square) in squares.iter_mut().enumerate().take(whole_squares) {
         pack_square(&rows, i * 16, square);
     }
-    let done = squares.len() * 4;
+    let done = whole_squares * 4;
     for (r, row) in rows.iter().enumerate() {
         let (words, rest) = row.as_chunks::<4>();
         for (line, word) in lines.iter_mut().zip(words).skip(done) {
