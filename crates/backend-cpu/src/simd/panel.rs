@@ -91,6 +91,8 @@ pub(crate) trait Panel {
 
     unsafe fn splat(v: f32) -> Self::F;
     /// Sixteen F32 at `p`.
+    unsafe fn load(p: *const f32) -> Self::F;
+    /// The same, written.
     unsafe fn store(v: Self::F, p: *mut f32);
     /// Sixteen halves at `p`.
     unsafe fn load_f16(p: *const u8) -> Self::F;
@@ -291,20 +293,32 @@ unsafe fn emit<P: Panel, const G: usize, const T: usize>(
         for (i, sums) in sums.into_iter().enumerate().take(g.groups.end - group) {
             let first = (group + i) * GROUP_ROWS;
             let n = GROUP_ROWS.min(g.w.rows - first);
+            let column = first - g.groups.start * GROUP_ROWS;
             for (j, sum) in sums.into_iter().enumerate() {
-                let mut y = [0.0f32; GROUP_ROWS];
-                P::store(sum, y.as_mut_ptr());
-                let column = first - g.groups.start * GROUP_ROWS;
                 let out = g.out.add(g.out_rows[first_token + j] as usize * g.out_stride + column);
-                for (r, y) in y.into_iter().enumerate().take(n) {
-                    let out = out.add(r);
-                    match g.output {
-                        Output::Store => *out = y,
-                        Output::Add => *out += y,
-                        Output::AddScaled(s) => *out += s[first_token + j] * y,
-                    }
+                if n == GROUP_ROWS {
+                    write::<P>(g.output, first_token + j, sum, out);
+                } else {
+                    let mut rows = [0.0f32; GROUP_ROWS];
+                    rows.as_mut_ptr().copy_from_nonoverlapping(out, n);
+                    write::<P>(g.output, first_token + j, sum, rows.as_mut_ptr());
+                    out.copy_from_nonoverlapping(rows.as_ptr(), n);
                 }
             }
         }
+    }
+}
+
+/// Writes the products of sixteen rows with token `token` to `out`.
+#[inline(always)]
+unsafe fn write<P: Panel>(output: Output<'_>, token: usize, sum: P::F, out: *mut f32) {
+    // SAFETY: sixteen values at `out`.
+    unsafe {
+        let sum = match output {
+            Output::Store => sum,
+            Output::Add => P::fma(sum, P::splat(1.0), P::load(out)),
+            Output::AddScaled(s) => P::fma(sum, P::splat(s[token]), P::load(out)),
+        };
+        P::store(sum, out);
     }
 }
