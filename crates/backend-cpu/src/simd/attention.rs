@@ -53,6 +53,18 @@ pub(crate) trait Lanes: Panel {
     unsafe fn load_e4m3_small(p: *const u8) -> Self::F;
     /// Sixteen values as BF16, rounded to nearest even; a NaN stays one.
     unsafe fn store_bf16(v: Self::F, p: *mut u8);
+    /// Sixteen pairs of values at `even` and `odd`, neither negative nor NaN, as BF16.
+    #[inline(always)]
+    unsafe fn store_pairs(even: *const f32, odd: *const f32, p: *mut u8) {
+        // SAFETY: the caller's promise: sixteen values and room for as many pairs.
+        unsafe {
+            let (even, odd) = (even.cast::<[f32; 16]>().read(), odd.cast::<[f32; 16]>().read());
+            for i in 0..16 {
+                let pair = nearest(even[i]) >> 16 | nearest(odd[i]) & 0xffff_0000;
+                p.add(i * 4).cast::<u32>().write_unaligned(pair);
+            }
+        }
+    }
 }
 
 /// Rows in memory: runs of `run` rows, `stride` bytes apart, each run somewhere.
@@ -301,8 +313,8 @@ pub(super) unsafe fn attend_chunk<S: Simd, P: Lanes>(c: &AttendChunk<'_>) {
         }
         let mut lane = 0;
         while lane < width {
-            softmax::<S>(c, scores.add(lane), words.add(lane), keep.add(lane), width, lane);
-            lane += S::LANES;
+            softmax::<S, P>(c, scores.add(lane), words.add(lane), keep.add(lane), width, lane);
+            lane += GROUP_ROWS;
         }
         let mut column = 0;
         while column < c.width {
@@ -329,23 +341,62 @@ unsafe fn hide(scores: *mut f32, n: usize, width: usize, seen: isize) {
     }
 }
 
-/// The weights of one vector of lanes as pairs of positions, and the running maxima and sums.
+/// The weights of one group of lanes as pairs of positions, and the running maxima and sums.
 #[inline(always)]
-unsafe fn softmax<S: Simd>(
+unsafe fn softmax<S: Simd, P: Lanes>(
     c: &AttendChunk<'_>,
-    scores: *mut f32,
+    scores: *const f32,
     words: *mut f32,
     keep: *mut f32,
     width: usize,
-    lane: usize,
+    group: usize,
 ) {
     let n = c.keys.n;
-    // SAFETY: `n` rows of scores; pairs of rows in `words`; whole groups.
+    let mut sums = [0.0f32; GROUP_ROWS];
+    let mut minus = [0.0f32; GROUP_ROWS];
+    // SAFETY: `n` rows of scores; pairs of rows in `words`; whole groups, which are whole vectors.
     unsafe {
-        let (maxima, sums) = (c.maxima.add(lane), c.sums.add(lane));
-        let before = S::load(maxima);
-        // Several chains hide the latency.
-        let mut most = [before; 4];
+        for lane in (0..GROUP_ROWS).step_by(S::LANES) {
+            let maxima = c.maxima.add(group + lane);
+            let before = S::load(maxima);
+            let max = most::<S>(before, scores.add(lane), n, width);
+            max.store(maxima);
+            // A query that has seen nothing yet has no maximum: it must not become NaN.
+            let less = max.max(S::splat(f32::MIN)).mul(S::splat(-1.0));
+            let factor = exp2::<S>(before.max(S::splat(f32::MIN)).add(less));
+            less.store(minus.as_mut_ptr().add(lane));
+            factor.store(keep.add(lane));
+            S::load(c.sums.add(group + lane)).mul(factor).store(sums.as_mut_ptr().add(lane));
+        }
+        let mut pair = [0.0f32; 2 * GROUP_ROWS];
+        for j in (0..n).step_by(2) {
+            let row = scores.add(j * width);
+            // A last row without a partner pairs with nothing.
+            let other = if j + 1 < n { row.add(width) } else { NOTHING.as_ptr() };
+            for lane in (0..GROUP_ROWS).step_by(S::LANES) {
+                let (less, sum) = (S::load(minus.as_ptr().add(lane)), sums.as_mut_ptr().add(lane));
+                let even = exp2::<S>(S::load(row.add(lane)).add(less));
+                let odd = exp2::<S>(S::load(other.add(lane)).add(less));
+                even.store(pair.as_mut_ptr().add(lane));
+                odd.store(pair.as_mut_ptr().add(GROUP_ROWS + lane));
+                S::load(sum).add(even.add(odd)).store(sum);
+            }
+            P::store_pairs(pair.as_ptr(), pair.as_ptr().add(GROUP_ROWS), words.add(j / 2 * width).cast());
+        }
+        std::ptr::copy_nonoverlapping(sums.as_ptr(), c.sums.add(group), GROUP_ROWS);
+    }
+}
+
+/// Scores of a position that is not there.
+static NOTHING: [f32; GROUP_ROWS] = [f32::NEG_INFINITY; GROUP_ROWS];
+
+/// The largest of `n` rows of scores and of `before`, lane by lane.
+#[inline(always)]
+unsafe fn most<S: Simd>(before: S, scores: *const f32, n: usize, width: usize) -> S {
+    // Several chains hide the latency.
+    let mut most = [before; 4];
+    // SAFETY: the caller has `n` rows.
+    unsafe {
         for j in (0..n - n % 4).step_by(4) {
             for i in 0..4 {
                 most[i] = most[i].max(S::load(scores.add((j + i) * width)));
@@ -354,32 +405,7 @@ unsafe fn softmax<S: Simd>(
         for j in n - n % 4..n {
             most[0] = most[0].max(S::load(scores.add(j * width)));
         }
-        let max = most[0].max(most[1]).max(most[2].max(most[3]));
-        max.store(maxima);
-        // A query that has seen nothing yet has no maximum: it must not become NaN.
-        let minus = max.max(S::splat(f32::MIN)).mul(S::splat(-1.0));
-        let before = before.max(S::splat(f32::MIN));
-        let factor = exp2::<S>(before.add(minus));
-        factor.store(keep);
-        let mut sum = [S::load(sums).mul(factor), S::splat(0.0)];
-        let mut pair = [0.0f32; 32];
-        for j in (0..n).step_by(2) {
-            let even = exp2::<S>(S::load(scores.add(j * width)).add(minus));
-            sum[0] = sum[0].add(even);
-            even.store(pair.as_mut_ptr());
-            if j + 1 < n {
-                let odd = exp2::<S>(S::load(scores.add((j + 1) * width)).add(minus));
-                sum[1] = sum[1].add(odd);
-                odd.store(pair.as_mut_ptr().add(16));
-            } else {
-                S::splat(0.0).store(pair.as_mut_ptr().add(16));
-            }
-            let out = std::slice::from_raw_parts_mut(words.add(j / 2 * width).cast::<u32>(), S::LANES);
-            for (i, out) in out.iter_mut().enumerate() {
-                *out = nearest(pair[i]) >> 16 | nearest(pair[16 + i]) & 0xffff_0000;
-            }
-        }
-        sum[0].add(sum[1]).store(sums);
+        most[0].max(most[1]).max(most[2].max(most[3]))
     }
 }
 

@@ -223,7 +223,8 @@ pub(super) unsafe fn exp2<S: Simd>(x: S) -> S {
     unsafe {
         let x = x.max(S::splat(-127.0));
         let shifted = x.add(S::splat(SHIFT));
-        let r = x.add(shifted.add(S::splat(-SHIFT)).mul(S::splat(-1.0)));
+        // SHIFT - shifted is exact: minus n.
+        let r = x.add(shifted.fma(S::splat(-1.0), S::splat(SHIFT)));
         let mut p = S::splat(C[0]);
         for c in [C[1], C[2], C[3], C[4]] {
             p = p.fma(r, S::splat(c));

@@ -20,10 +20,13 @@ use crate::{
 /// Rows that pass over a chunk together.
 const TOGETHER: usize = 2 * GROUP_ROWS;
 
-/// Words of a row of `cols` BF16 in whole runs.
+/// Words of a row of `cols` BF16 in whole vectors: rows closer together than whole runs use all sets of a cache.
 fn row_words(cols: usize) -> usize {
-    cols.next_multiple_of(RUN) / 2
+    cols.next_multiple_of(32) / 2
 }
+
+/// Words that rounding may write beyond a row, to the end of a run. The next row is made after it.
+const BEYOND: usize = RUN / 2;
 
 /// Positions whose keys and values are made at a time: a part of the L2 cache.
 const SPAN: usize = 4 * CHUNK;
@@ -69,13 +72,13 @@ impl Native<'_> {
         let (key, value) = (self.shape.nope + self.shape.rope, self.shape.value);
         let (units, width) = (key.div_ceil(2), value.next_multiple_of(32));
         let rows = segment.rows.next_multiple_of(GROUP_ROWS);
-        let (keys_len, values_len) = (SPAN * row_words(key), SPAN * row_words(value));
+        let (keys_len, values_len) = (SPAN * row_words(key) + BEYOND, SPAN * row_words(value) + BEYOND);
         let parts = [
             rows * units,
             rows * (2 + width),
             scratch_len(TOGETHER),
             keys_len + values_len,
-            CHUNK * key.max(value) + row_words(key),
+            CHUNK * key.max(value) + row_words(key) + BEYOND,
             CHUNK * row_words(self.cache.width),
         ];
         let (_, [queries, found, scratch, made, wide, decoded]) = scratch.split(parts);
@@ -199,11 +202,11 @@ impl Native<'_> {
         };
         // SAFETY: the head's panel; latent rows go on with their rope part, which pairs with zeros of an odd panel.
         unsafe { (self.kernels.dot_rows)(&d) };
-        let rows = wide.chunks_exact_mut(cols).zip(out.chunks_exact_mut(row_words(cols)));
-        for (j, (made, out)) in rows.take(latents.n).enumerate() {
+        for (j, made) in wide.chunks_exact_mut(cols).take(latents.n).enumerate() {
             if rotated {
                 self.copy_rope(latents, j, &mut made[panels.rows..]);
             }
+            let out = &mut out[j * row_words(cols)..][..row_words(cols) + BEYOND];
             // SAFETY: room for whole runs.
             unsafe { self.kernels.round(Rounding::Bf16, made.as_ptr(), cols, out.as_mut_ptr()) };
         }

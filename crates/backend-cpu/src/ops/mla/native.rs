@@ -345,7 +345,7 @@ impl Native<'_> {
         let (sizes, row) = (self.sizes(), &self.rows[work.row]);
         let (first, end) = (work.groups.start * GROUP_ROWS, work.groups.end * GROUP_ROWS);
         let (lanes, width) = (end.min(self.shape.heads) - first, self.cache.width);
-        let stride = width.next_multiple_of(RUN) / 2;
+        let stride = width.next_multiple_of(32) / 2;
         let decoded = if self.cache.in_place() { 0 } else { CHUNK * stride };
         let (_, [scratch, decoded, ..]) = scratch.split([scratch_len(lanes), decoded, 0, 0, 0, 0]);
         let slot = self.slot(row, work.split);
@@ -403,7 +403,7 @@ impl Native<'_> {
         }
         let rows = RowRuns::new(&stored[..count], BLOCK_TOKENS, self.cache.row_bytes, n);
         let (latent, width) = (self.cache.latent, self.cache.width);
-        let stride = width.next_multiple_of(RUN) * 2;
+        let stride = width.next_multiple_of(32) * 2;
         let out = decoded.as_mut_ptr().cast();
         let cached = CachedRows {
             format: self.cache.format,

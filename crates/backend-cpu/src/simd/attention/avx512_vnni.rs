@@ -15,6 +15,16 @@ static PAIRS: [u16; 64] = {
     table
 };
 
+/// Of one vector of sixteen even and then sixteen odd halves, those that become pairs.
+static PLACES: [u16; 32] = {
+    let (mut table, mut i) = ([0; 32], 0);
+    while i < 32 {
+        table[i as usize] = i / 2 + i % 2 * 16;
+        i += 1;
+    }
+    table
+};
+
 // SAFETY of every block below: the level's kernels run only where its features were detected, and pointers have the
 // elements that the trait asks for; all loads are unaligned ones.
 impl Lanes for P {
@@ -60,6 +70,16 @@ impl Lanes for P {
         unsafe {
             let halves = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v));
             _mm256_storeu_si256(p.cast(), halves);
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_pairs(even: *const f32, odd: *const f32, p: *mut u8) {
+        // SAFETY: above; both types are 32 BF16.
+        unsafe {
+            let halves = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(odd), _mm512_loadu_ps(even));
+            let halves = std::mem::transmute::<__m512bh, __m512i>(halves);
+            let order = _mm512_loadu_si512(PLACES.as_ptr().cast());
+            _mm512_storeu_si512(p.cast(), _mm512_permutexvar_epi16(order, halves));
         }
     }
 }

@@ -3,6 +3,7 @@
 use oxseek_tensor::{CacheFormat, cache};
 
 use super::{Lanes, RowRuns};
+use crate::simd::panel::STREAM_AHEAD;
 
 /// # Safety (of the kernel)
 /// `rows` are rows of `format`; `out` has as many rows of `out_stride` bytes, a multiple of 4 that holds a row's BF16.
@@ -26,7 +27,11 @@ pub(in crate::simd) unsafe fn decode_rows<P: Lanes>(c: &CachedRows<'_>) {
         for j in 0..n {
             // SAFETY: a row, and the room for it.
             unsafe {
-                decode_row::<P>(c, run.add(j * c.rows.stride), out);
+                let row = run.add(j * c.rows.stride);
+                for line in (0..c.rows.stride).step_by(64) {
+                    P::prefetch(row.wrapping_add(STREAM_AHEAD + line));
+                }
+                decode_row::<P>(c, row, out);
                 out = out.add(c.out_stride);
             }
         }
@@ -42,11 +47,13 @@ unsafe fn decode_row<P: Lanes>(c: &CachedRows<'_>, row: *const u8, out: *mut u8)
         match c.format {
             CacheFormat::F32 => decode::<P, Single>(row, width, 1.0, out),
             CacheFormat::F16 => decode::<P, Half>(row, width, 1.0, out),
-            CacheFormat::Bf16 => std::ptr::copy_nonoverlapping(row, out, width * 2),
+            CacheFormat::Bf16 => copy(row, out, width * 2),
             CacheFormat::Q8_0 => decode_runs::<P, SignedByte>(c, row, out),
             CacheFormat::Fp8 => decode_runs::<P, Fp8>(c, row, out),
         }
-        std::ptr::write_bytes(out.add(width * 2), 0, c.out_stride - width * 2);
+        if c.out_stride > width * 2 {
+            std::ptr::write_bytes(out.add(width * 2), 0, c.out_stride - width * 2);
+        }
     }
 }
 
@@ -61,7 +68,23 @@ unsafe fn decode_runs<P: Lanes, C: Code<P>>(c: &CachedRows<'_>, row: *const u8, 
             let n = cache::CACHE_RUN.min(c.latent - first);
             decode::<P, C>(row.add(first), n, scale, out.add(first * 2));
         }
-        std::ptr::copy_nonoverlapping(row.add(rope), out.add(c.latent * 2), c.rope * 2);
+        copy(row.add(rope), out.add(c.latent * 2), c.rope * 2);
+    }
+}
+
+/// `n` bytes: calls would take longer than the copying of a few vectors.
+#[inline(always)]
+unsafe fn copy(from: *const u8, to: *mut u8, n: usize) {
+    let mut i = 0;
+    // SAFETY: `n` bytes at both.
+    unsafe {
+        while i + 32 <= n {
+            to.add(i).cast::<[u8; 32]>().write(from.add(i).cast::<[u8; 32]>().read());
+            i += 32;
+        }
+        if i < n {
+            std::ptr::copy_nonoverlapping(from.add(i), to.add(i), n - i);
+        }
     }
 }
 
