@@ -157,3 +157,64 @@ impl<P: Lanes> Code<P> for Fp8 {
         unsafe { P::mul(P::load_e4m3_small(p), P::splat(WHOLE)) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use oxseek_tensor::{conformance::Random, dtype::f32_to_bf16};
+
+    use super::*;
+    use crate::Level;
+
+    const ROWS: usize = 5;
+    /// Rows of a run.
+    const RUN: usize = 3;
+
+    /// Rows of a format, some of them with what is not finite.
+    fn stored(format: CacheFormat, latent: usize, rope: usize) -> (Vec<u8>, usize) {
+        let (mut random, width) = (Random::new(latent as u64), latent + rope);
+        let row_bytes = format.row_bytes(latent, rope).unwrap();
+        let mut bytes = vec![0xaa; ROWS * row_bytes];
+        for (j, out) in bytes.chunks_exact_mut(row_bytes).enumerate() {
+            let mut row: Vec<f32> = random.normals(width).iter().map(|v| v * 3.0).collect();
+            if j == 3 {
+                row[latent] = f32::NAN;
+                row[latent - 1] = f32::INFINITY;
+            }
+            format.encode_row(&row, latent, out);
+        }
+        (bytes, row_bytes)
+    }
+
+    fn not_finite(bf16: u16) -> bool {
+        bf16 & 0x7f80 == 0x7f80
+    }
+
+    #[test]
+    fn rows_are_those_of_the_scalar_codec_rounded() {
+        for level in Level::available() {
+            for format in CacheFormat::ALL {
+                for (latent, rope) in [(1, 2), (9, 6), (31, 2), (128, 64), (300, 3), (512, 64)] {
+                    let (bytes, row_bytes) = stored(format, latent, rope);
+                    let (width, stride) = (latent + rope, (latent + rope).next_multiple_of(32) * 2);
+                    let mut out = vec![0xaa; ROWS * stride];
+                    let runs = [bytes.as_ptr(), bytes[RUN * row_bytes..].as_ptr()];
+                    let rows = RowRuns::new(&runs, RUN, row_bytes, ROWS);
+                    let out_at = out.as_mut_ptr();
+                    let cached = CachedRows { format, latent, rope, rows, out: out_at, out_stride: stride };
+                    // SAFETY: rows of the format, and room for as many.
+                    unsafe { (level.kernels().unwrap().decode_rows)(&cached) };
+                    let mut want = vec![0.0; width];
+                    for (j, out) in out.chunks_exact(stride).enumerate() {
+                        format.decode_row(&bytes[j * row_bytes..][..row_bytes], latent, &mut want);
+                        let halves = out.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b));
+                        for (i, found) in halves.enumerate() {
+                            let want = want.get(i).map_or(0, |v| f32_to_bf16(*v));
+                            let same = found == want || (not_finite(found) && not_finite(want));
+                            assert!(same, "{level} {format} {latent} row {j} value {i}: {found:x} {want:x}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
