@@ -241,6 +241,9 @@ pub struct BenchArgs {
     #[arg(short, long, default_value = "0", value_delimiter = ',')]
     #[arg(value_parser = clap::value_parser!(u32).range(0..=1_048_576))]
     pub depth: Vec<u32>,
+    /// Most rows of one step of a prompt
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u16).range(1..=16384))]
+    pub step_rows: u16,
     /// Show where the time went, op by op
     #[arg(long)]
     pub profile: bool,
