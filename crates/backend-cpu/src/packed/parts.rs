@@ -1,6 +1,6 @@
 //! How the blocks of each format lie in a packed group: the parts of a block in turn, each for all sixteen rows.
 
-use super::{GROUP_ROWS, PackedFormat, pack_words};
+use super::{GROUP_ROWS, PackedFormat, bring_next, pack_words};
 
 /// A part of a block, by the byte that it begins at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,11 +68,8 @@ impl Part {
             Half(at) => pack_each(rows, block + at, out, |half: [u8; 2]| half),
             Negated(at) => pack_each(rows, block + at, out, |[low, high]| [low, high ^ 0x80]),
             Byte(at) => pack_each(rows, block + at, out, |byte: [u8; 1]| byte),
-            Words(at, len) => pack_words(rows, block + at, len, out),
-            Unsigned(at, len) => {
-                pack_words(rows, block + at, len, out);
-                out.iter_mut().for_each(|q| *q ^= 0x80);
-            }
+            Words(at, len) => pack_words(rows, block + at, len, out, 0),
+            Unsigned(at, len) => pack_words(rows, block + at, len, out, 0x80),
             ColumnBits(at) => {
                 pack_each(rows, block + at, out, |word| column_bits(u32::from_le_bytes(word)).to_le_bytes());
             }
@@ -87,6 +84,7 @@ impl Blocks {
 
     pub(super) fn pack(&self, rows: &[&[u8]; GROUP_ROWS], out: &mut [u8]) {
         for (b, mut out) in out.chunks_exact_mut(self.bytes * GROUP_ROWS).enumerate() {
+            bring_next(rows, b * self.bytes * GROUP_ROWS, self.bytes * GROUP_ROWS);
             for part in self.parts {
                 let (place, rest) = out.split_at_mut(part.row_bytes() * GROUP_ROWS);
                 part.pack(rows, b * self.bytes, place);
