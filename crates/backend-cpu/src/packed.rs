@@ -182,32 +182,21 @@ pub(crate) fn pack_group(m: &HostMatrix, format: PackedFormat, group: usize, out
         PackedFormat::Bf16 => pack_bf16(&rows, out),
         PackedFormat::E4m3 => pack_e4m3(&rows, m, group, out),
         PackedFormat::Int4 => pack_int4(&rows, m, group, out),
-        _ => {
-            if let Some(blocks) = format.blocks() {
-                blocks.pack(&rows, out);
-            }
-        }
+        _ => parts::pack(format, &rows, out),
     }
-}
-
-/// The rows of the next group begin where these end: asks for the part of it that takes as long to pack as what is
-/// packed now, `len` bytes from `at` on of this group as it is stored. Without this, packing waits for memory.
-#[inline]
-fn bring_next(rows: &[&[u8]; GROUP_ROWS], at: usize, len: usize) {
-    prefetch(rows[0].as_ptr().wrapping_add(rows[0].len() * GROUP_ROWS + at), len);
 }
 
 /// Pairs of columns.
 fn pack_bf16(rows: &[&[u8]; GROUP_ROWS], out: &mut [u8]) {
     for (at, out) in (0..rows[0].len()).step_by(64).zip(out.chunks_mut(64 * GROUP_ROWS)) {
-        bring_next(rows, at * GROUP_ROWS, 64 * GROUP_ROWS);
         pack_words(rows, at, (rows[0].len() - at).min(64), out, 0);
     }
 }
 
 /// `len` bytes of each row from `at` on, four at a time, with the bits of `flip` changed; what is missing of the last
 /// four is zero.
-#[inline]
+#[inline(always)]
+#[allow(clippy::inline_always, reason = "sizes are constants where it is used")]
 fn pack_words(rows: &[&[u8]; GROUP_ROWS], at: usize, len: usize, out: &mut [u8], flip: u8) {
     let (lines, _) = out.as_chunks_mut::<64>();
     // The last words of a row may be fewer than a square, or not whole.
@@ -215,9 +204,19 @@ fn pack_words(rows: &[&[u8]; GROUP_ROWS], at: usize, len: usize, out: &mut [u8],
     for (i, lines) in lines.as_chunks_mut::<4>().0.iter_mut().enumerate().take(whole) {
         turn_squares(rows, at + i * 16, lines, |square| turn_words(square, flip));
     }
+    let (at, len) = (at + whole * 16, len - whole * 16);
+    let lines = &mut lines[whole * 4..];
+    if len == 0 {
+        return;
+    }
+    if len.is_multiple_of(4) && rows[0].len() >= at + 16 {
+        let mut square = [[0; 64]; 4];
+        turn_squares(rows, at, &mut square, |square| turn_words(square, flip));
+        lines[..len / 4].copy_from_slice(&square[..len / 4]);
+        return;
+    }
     for (r, row) in rows.iter().enumerate() {
-        let rest = &row[at + whole * 16..at + len];
-        for (line, bytes) in lines.iter_mut().skip(whole * 4).zip(rest.chunks(4)) {
+        for (line, bytes) in lines.iter_mut().zip(row[at..at + len].chunks(4)) {
             let word = &mut line[r * 4..r * 4 + 4];
             word.fill(0);
             word.iter_mut().zip(bytes).for_each(|(out, byte)| *out = byte ^ flip);
@@ -225,7 +224,8 @@ fn pack_words(rows: &[&[u8]; GROUP_ROWS], at: usize, len: usize, out: &mut [u8],
     }
 }
 
-/// Sixteen bytes of each row, from byte `at` on: four rows at a time.
+/// Sixteen bytes of each row, from byte `at` on: four rows at a time. The rows of the next group begin where these end:
+/// what is packed next of it is asked for meanwhile, else packing would wait for memory.
 #[inline(always)]
 #[allow(clippy::inline_always, reason = "the innermost loop of packing")]
 fn turn_squares(
@@ -234,10 +234,10 @@ fn turn_squares(
     lines: &mut [[u8; 64]; 4],
     turn: impl Fn(Square<'_>) -> [[u8; 16]; 4],
 ) {
+    prefetch(rows[0].as_ptr().wrapping_add((rows[0].len() + at) * GROUP_ROWS), 16 * GROUP_ROWS);
     for (four, rows) in rows.as_chunks::<4>().0.iter().enumerate() {
-        let square = rows.map(|row| row[at..].first_chunk());
-        let [Some(a), Some(b), Some(c), Some(d)] = square else { unreachable!("rows have the square") };
-        for (line, turned) in lines.iter_mut().zip(turn([a, b, c, d])) {
+        let square = rows.map(|row| &row[at..at + 16].as_chunks().0[0]);
+        for (line, turned) in lines.iter_mut().zip(turn(square)) {
             line[four * 16..][..16].copy_from_slice(&turned);
         }
     }
@@ -258,7 +258,6 @@ fn pack_e4m3(rows: &[&[u8]; GROUP_ROWS], m: &HostMatrix, group: usize, out: &mut
     let (lines, _) = codes.as_chunks_mut::<64>();
     let whole = m.cols() / 16;
     for (i, lines) in lines.as_chunks_mut::<4>().0.iter_mut().enumerate().take(whole) {
-        bring_next(rows, i * 16 * GROUP_ROWS, 16 * GROUP_ROWS);
         turn_squares(rows, i * 16, lines, turn_pairs);
     }
     for (r, row) in rows.iter().enumerate() {
@@ -276,7 +275,6 @@ fn pack_int4(rows: &[&[u8]; GROUP_ROWS], m: &HostMatrix, group: usize, out: &mut
     let grid = m.cols() / 32 * 2;
     let scales = m.group_scales().unwrap_or_default();
     for (b, out) in out.chunks_exact_mut(18 * GROUP_ROWS).enumerate() {
-        bring_next(rows, b * 16 * GROUP_ROWS, 16 * GROUP_ROWS);
         for (r, out) in out.as_chunks_mut::<2>().0.iter_mut().enumerate().take(GROUP_ROWS) {
             let row = (group * GROUP_ROWS + r).min(m.rows() - 1);
             out.copy_from_slice(&scales[row * grid + b * 2..][..2]);
