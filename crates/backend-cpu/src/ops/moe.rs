@@ -125,7 +125,7 @@ impl CpuBackend {
             return Err(shape_error(op, "expert id below", experts.len(), *e as usize));
         }
         // Weights that may not have been read yet: the disk reads all chosen experts while the first are computed.
-        let in_files = self.experts_on_disk || self.packer.is_open();
+        let in_files = self.experts_on_disk;
         for (id, e) in experts.iter().enumerate() {
             let from = f.tokens.len();
             for (slot, &chosen) in routing.ids[..slots].iter().enumerate() {
