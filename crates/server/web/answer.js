@@ -85,13 +85,15 @@ function takeUsage(turn, usage) {
 /** The figures under an answer. */
 export function statsOf({ times, note }) {
   const parts = [];
-  // The first token is not counted: its time is the prompt's.
-  if (times.tokens > 1 && times.writing > 0) parts.push(`${((times.tokens - 1) / times.writing * 1000).toFixed(1)} tokens/s`);
+  // The first token is not counted: its time is the prompt's. What came at once says nothing of speed.
+  if (times.tokens > 1 && times.writing > 20) parts.push(`${rate((times.tokens - 1) / times.writing * 1000)} tokens/s`);
   if (times.tokens) parts.push(`${times.tokens} token${times.tokens === 1 ? '' : 's'}`);
   if (times.first) parts.push(`first after ${duration(times.first)}`);
   if (times.prompt) parts.push(`prompt ${times.prompt}${times.cached ? `, ${times.cached} cached` : ''}`);
   if (note) parts.push(note);
   return parts.join(' · ');
 }
+
+const rate = (n) => n.toFixed(n < 100 ? 1 : 0);
 
 export const duration = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : ms < 60_000 ? `${(ms / 1000).toFixed(1)} s` : `${Math.floor(ms / 60_000)} min ${Math.round(ms % 60_000 / 1000)} s`);

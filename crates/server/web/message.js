@@ -55,6 +55,7 @@ export class AnswerView {
   #progress = h('progress', { 'aria-label': 'Prompt read' });
   #error = h('div', { className: 'error', role: 'alert', hidden: true });
   #stats = h('span', { className: 'stats' });
+  #copy;
   #foot;
   #touched = false;
   #frame = 0;
@@ -69,7 +70,8 @@ export class AnswerView {
     this.#turn = turn;
     this.#results = results;
     this.#actions = actions;
-    this.#foot = h('div', { className: 'foot' }, copyButton('Copy answer', () => turn.content));
+    this.#copy = copyButton('Copy answer', () => turn.content);
+    this.#foot = h('div', { className: 'foot' }, this.#copy);
     if (actions.again) this.#foot.append(iconButton('again', 'Regenerate', actions.again));
     this.#foot.append(this.#stats);
     // Once the reader opened or closed the thinking, it stays that way.
@@ -96,6 +98,7 @@ export class AnswerView {
     this.#drawWaiting();
     if (turn.error && this.#error.hidden) this.#drawError();
     this.#stats.textContent = statsOf(turn);
+    this.#copy.hidden = !turn.content;
     this.#foot.hidden = !turn.done;
     this.node.ariaBusy = String(!turn.done);
     if (turn.done) clearInterval(this.#clock);
