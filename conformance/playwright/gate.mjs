@@ -9,8 +9,8 @@ export class Gate {
   asked = [];
   /** How many events of a stream may pass before it is held. */
   #most = Infinity;
-  #opened = Promise.resolve();
-  #open = () => {};
+  #fate = Promise.resolve('go');
+  #decide = () => {};
   #next = [];
   #server;
 
@@ -23,15 +23,22 @@ export class Gate {
     return gate;
   }
 
-  /** Streams from now on pause after `events` events, until `release`. */
+  /** Streams from now on pause after `events` events, until `release` or `cut`. */
   hold(events) {
     this.#most = events;
-    this.#opened = new Promise((resolve) => (this.#open = resolve));
+    this.#fate = new Promise((resolve) => (this.#decide = resolve));
   }
 
+  /** What is held goes on. */
   release() {
     this.#most = Infinity;
-    this.#open();
+    this.#decide('go');
+  }
+
+  /** What is held ends in its middle, as when a network breaks. */
+  cut() {
+    this.#most = Infinity;
+    this.#decide('cut');
   }
 
   /** As at the beginning. */
@@ -41,9 +48,9 @@ export class Gate {
     this.#next = [];
   }
 
-  /** What becomes of the next request for an answer: `{ status, headers, body }`, or `{ cut: events }`. */
-  next(fate) {
-    this.#next.push(fate);
+  /** Answers the next request for an answer: `{ status, headers, body }`. */
+  next(answer) {
+    this.#next.push(answer);
   }
 
   close() {
@@ -59,11 +66,11 @@ export class Gate {
     from.on('end', () => {
       const body = Buffer.concat(parts);
       if (chat) this.asked.push({ body: JSON.parse(body), key: from.headers.authorization });
-      const fate = chat ? this.#next.shift() : undefined;
-      if (fate?.status) return to.writeHead(fate.status, fate.headers).end(fate.body);
+      const own = chat && this.#next.shift();
+      if (own) return to.writeHead(own.status, own.headers).end(own.body);
       const request = http.request(target + from.url, { method: from.method, headers: from.headers }, (answer) => {
         to.writeHead(answer.statusCode, answer.headers);
-        if (chat) this.#stream(answer, to, fate?.cut ?? Infinity);
+        if (chat) this.#stream(answer, to);
         else answer.pipe(to);
       });
       request.on('error', () => to.destroy());
@@ -73,7 +80,7 @@ export class Gate {
     });
   }
 
-  async #stream(answer, to, cut) {
+  async #stream(answer, to) {
     let rest = '';
     let passed = 0;
     try {
@@ -81,10 +88,8 @@ export class Gate {
         const events = (rest + part).split('\n\n');
         rest = events.pop();
         for (const event of events) {
-          if (passed === cut) return to.destroy();
-          if (passed >= this.#most) await this.#opened;
+          if (passed++ >= this.#most && await this.#fate === 'cut') return to.destroy();
           to.write(`${event}\n\n`);
-          passed++;
         }
       }
       to.end(rest);

@@ -342,8 +342,12 @@ $('declared').onclick = () => (openSettings(), form.elements.tools.focus());
 $('open-settings').onclick = openSettings;
 form.oninput = () => changeSettings(readForm(form));
 $('reset').onclick = () => (fillForm(form, {}), changeSettings({}));
-$('settings').onclick = (e) => e.target === $('settings') && $('settings').close();
-$('settings').onclose = () => !model && watch();
+$('settings').onclick = (e) => {
+  if (e.target === $('settings')) $('settings').close();
+};
+$('settings').onclose = () => {
+  if (!model) watch();
+};
 $('key').oninput = () => kept.set('key', (server.key = $('key').value.trim()));
 $('toggle-sidebar').onclick = () => {
   const open = document.body.dataset.sidebar !== 'open';

@@ -108,6 +108,7 @@ export class AnswerView {
     const { reasoning, content, calls, times, done } = this.#turn;
     const over = done || content || calls.length;
     this.#thinking.hidden = !reasoning;
+    if (!reasoning) return;
     this.#thinking.classList.toggle('live', !over);
     if (!this.#touched) this.#thinking.open = !over;
     this.#summary.textContent = over ? `Thought for ${duration(times.thought)}` : 'Thinking…';

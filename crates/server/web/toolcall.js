@@ -10,7 +10,7 @@ export class CallsView {
   /** `results`: texts by call id. `give` takes such an object; null where this answer waits for nothing. */
   draw(turn, results, give) {
     turn.calls.forEach((call, i) => {
-      if (!this.#cards[i]) this.node.append((this.#cards[i] = new CallCard()).node);
+      if (!this.#cards[i]) this.node.append((this.#cards[i] = new CallCard(i)).node);
       this.#cards[i].draw(call, results[call.id], turn.done);
     });
     if (give && turn.done && turn.calls.length && !this.#form) this.node.append((this.#form = resultsForm(turn.calls, give)));
@@ -22,11 +22,16 @@ class CallCard {
   #state = h('span', { className: 'state' });
   #arguments = h('div');
   #whole = false;
-  node = h('section', { className: 'call' }, h('header', {}, icon('tool'), this.#name, this.#state), this.#arguments);
+  #number;
+  node = h('section', { className: 'call', role: 'group' }, h('header', {}, icon('tool'), this.#name, this.#state), this.#arguments);
+
+  constructor(index) {
+    this.#number = index + 1;
+  }
 
   draw(call, result, done) {
     this.#name.textContent = call.name;
-    this.node.ariaLabel = `Call of the tool ${call.name}`;
+    this.node.ariaLabel = `Tool call ${this.#number}: ${call.name}`;
     this.#state.textContent = !done ? 'writing…' : result === undefined ? 'waits for a result' : 'answered';
     if (!done) this.#arguments.replaceChildren(h('pre', {}, h('code', {}, call.arguments)));
     else if (!this.#whole) this.#finish(call, result);
