@@ -26,7 +26,7 @@ export class Session {
    */
   async page(size, { settings = { temperature: '0', max_tokens: '160' }, ...options } = {}) {
     const context = await this.browser.newContext({ ...size, ...options });
-    context.setDefaultTimeout(20_000);
+    context.setDefaultTimeout(60_000);
     await context.addInitScript((value) => localStorage['oxseek.settings'] ??= value, JSON.stringify(settings));
     const page = await context.newPage();
     page.faults = [];
