@@ -8,7 +8,9 @@ export const newAnswer = () => ({
 
 /** The body of a request for the next answer of a conversation. */
 export function requestBody(model, { settings, messages }, capabilities) {
-  const list = messages.filter((m) => m.role !== 'assistant' || m.content || m.calls.length).map(wireMessage);
+  const asked = messages.findLastIndex((m) => m.role === 'user');
+  const list = messages.map((m, i) => ({ ...m, goesOn: i > asked }))
+    .filter((m) => m.role !== 'assistant' || m.content || m.calls.length).map(wireMessage);
   if (settings.system?.trim()) list.unshift({ role: 'system', content: settings.system });
   const body = { model, messages: list, stream: true, stream_options: { include_usage: true }, ...parameters(settings) };
   if (settings.thinking) body.chat_template_kwargs = { thinking: true };
@@ -16,9 +18,11 @@ export function requestBody(model, { settings, messages }, capabilities) {
   return body;
 }
 
-function wireMessage({ role, content, id, calls = [] }) {
+function wireMessage({ role, content, reasoning, id, calls = [], goesOn }) {
   if (role === 'tool') return { role, content, tool_call_id: id };
   const message = { role, content };
+  // While tools are called, the thinking of this turn goes on; that of earlier turns is over.
+  if (goesOn && reasoning) message.reasoning_content = reasoning;
   if (calls.length) {
     message.tool_calls = calls.map((c) => ({ id: c.id, type: 'function', function: { name: c.name, arguments: c.arguments } }));
   }

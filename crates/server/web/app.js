@@ -8,6 +8,7 @@ import { Sidebar } from './sidebar.js';
 
 const SUGGESTIONS = ['Tell me a story about a fox who finds a lantern.', 'Why is the sky blue?', 'Hello! What can you do?'];
 const THEMES = { auto: 'Colours as the system', light: 'Light colours', dark: 'Dark colours' };
+const KEY_WANTED = 'This server asks for a key.';
 const SAVE_EVERY_MS = 2000;
 
 const server = new Server();
@@ -16,6 +17,10 @@ const prompt = $('prompt');
 const form = $('settings-form');
 const log = new Log($('log'), $('scroll'), $('to-end'));
 const sidebar = new Sidebar($('conversations'), { open: ({ id }) => visit(id), rename, remove });
+
+const narrow = matchMedia('(max-width: 50rem)');
+/** Focus on a field would bring up a keyboard there. */
+const touch = matchMedia('(hover: none)');
 
 let model = null;
 let capabilities = {};
@@ -35,7 +40,7 @@ function visit(id = '') {
   if (narrow.matches) showSidebar(false);
   if (location.hash.slice(1) !== id) location.hash = id;
   else open(id);
-  prompt.focus();
+  if (!touch.matches) prompt.focus();
 }
 
 async function open(id) {
@@ -135,36 +140,40 @@ function stop() {
 
 async function save(what) {
   what.updated = Date.now();
-  await library.put(what);
+  try {
+    await library.put(what);
+  } catch (e) {
+    toast($('toasts'), `This browser could not keep the conversation: ${e.message}`);
+  }
   await list();
 }
 
 // ---- The list ------------------------------------------------------------------------------------------------------
 
 async function list() {
-  sidebar.show(await library.all(), conversation.id);
+  sidebar.show(await library.heads(), conversation.id);
 }
 
-async function rename(which, title) {
+async function rename({ id }, title) {
+  // What is open or still being answered is newer than what is kept.
+  const which = [conversation, running.get(id)?.conversation].find((c) => c?.id === id) ?? await library.get(id);
   which.title = title;
-  if (which.id === conversation.id) conversation.title = title;
-  const live = running.get(which.id)?.conversation;
-  if (live) live.title = title;
-  await library.put(live ?? which);
+  await library.put(which);
   await list();
   showState();
 }
 
-async function remove(which) {
-  const answer = running.get(which.id);
+async function remove({ id }) {
+  const which = running.get(id)?.conversation ?? await library.get(id);
+  const answer = running.get(id);
   if (answer) answer.removed = true;
   answer?.controller.abort();
-  await library.remove(which.id);
-  if (which.id === conversation.id) visit();
+  await library.remove(id);
+  if (id === conversation.id) visit();
   else await list();
   toast($('toasts'), 'Conversation deleted', async () => {
     await library.put(which);
-    visit(which.id);
+    visit(id);
   });
 }
 
@@ -200,36 +209,33 @@ let watching = false;
 async function watch() {
   if (watching) return;
   watching = true;
-  for (let wait = 0; ; await new Promise((resume) => setTimeout(resume, wait))) {
-    const state = await server.state();
-    wait = state === 'loading' ? 500 : 2000;
-    if (state === 'ready' && await meetModel()) break;
-    if (state !== 'ready') say(state === 'loading' ? 'Loading the model…' : 'The server cannot be reached. Trying again…');
-  }
+  while (!await meet()) await new Promise((resume) => setTimeout(resume, 1000));
   watching = false;
-  showState();
 }
 
 /** Learns what is served; false where asking again may help. */
-async function meetModel() {
+async function meet() {
+  let [found, refused] = [null, false];
+  let trouble = await server.trouble();
   try {
-    model = await server.model();
-    capabilities = await server.capabilities();
-    say(library.kept ? '' : 'This browser keeps nothing: conversations last as long as this page.');
+    if (!trouble) [found, capabilities] = [await server.model(), await server.capabilities()];
   } catch (e) {
-    model = null;
-    if (e.status === 401 || e.status === 403) say('This server asks for a key.', h('button', { type: 'button', onclick: askKey }, 'Enter key'));
-    else say(e.message);
-    return e.status === 401 || e.status === 403;
+    refused = [401, 403].includes(e.status);
+    trouble = e.status === 401 ? KEY_WANTED : e.message;
   }
-  return true;
+  model = found;
+  if (model) $('about').textContent = `${model.id} · ${model.max_model_len.toLocaleString('en')} tokens of context`;
+  say(trouble || (library.kept ? '' : 'This browser keeps nothing: conversations last as long as this page.'));
+  showState();
+  return Boolean(found) || refused;
 }
 
-function say(text, ...more) {
-  if (!text) model && ($('about').textContent = `${model.id} · ${model.max_model_len.toLocaleString('en')} tokens of context`);
-  if (!text || $('status').textContent !== text) $('status').replaceChildren(text, ...more);
-  if (text) model = null;
-  showState();
+/** Says something above the message field, once. */
+function say(text) {
+  if ($('status').dataset.said === text) return;
+  $('status').dataset.said = text;
+  $('status').replaceChildren(text);
+  if (text === KEY_WANTED) $('status').append(h('button', { type: 'button', onclick: askKey }, 'Enter key'));
 }
 
 function askKey() {
@@ -238,8 +244,6 @@ function askKey() {
 }
 
 // ---- The page ------------------------------------------------------------------------------------------------------
-
-const narrow = matchMedia('(max-width: 50rem)');
 
 function showState() {
   const busy = running.has(conversation.id);
@@ -372,5 +376,5 @@ $('key').value = server.key = kept.get('key') ?? '';
 showTheme();
 narrow.onchange();
 open(location.hash.slice(1));
-prompt.focus();
+if (!touch.matches) prompt.focus();
 watch();

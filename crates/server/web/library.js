@@ -10,6 +10,8 @@ export class Library {
   #database;
   #memory = new Map();
   #channel;
+  /** Of every conversation what a list shows, by id; nothing until it was read. */
+  #heads = null;
 
   static async open() {
     const library = new Library();
@@ -18,7 +20,10 @@ export class Library {
       asked.onupgradeneeded = () => asked.result.createObjectStore('conversations', { keyPath: 'id' });
       library.#database = await settled(asked);
       library.#channel = new BroadcastChannel('oxseek.library');
-      library.#channel.onmessage = () => library.onchange();
+      library.#channel.onmessage = () => {
+        library.#heads = null;
+        library.onchange();
+      };
     } catch {
       library.kept = false;
     }
@@ -31,17 +36,25 @@ export class Library {
     return list.sort((a, b) => b.updated - a.updated);
   }
 
+  /** `{ id, title, updated }` of everything, the newest first. */
+  async heads() {
+    this.#heads ??= new Map((await this.all()).map((c) => [c.id, headOf(c)]));
+    return [...this.#heads.values()].sort((a, b) => b.updated - a.updated);
+  }
+
   async get(id) {
     return this.kept ? settled(this.#store('readonly').get(id)) : this.#memory.get(id);
   }
 
   async put(conversation) {
+    this.#heads?.set(conversation.id, headOf(conversation));
     if (!this.kept) return void this.#memory.set(conversation.id, conversation);
     await settled(this.#store('readwrite').put(conversation));
     this.#channel.postMessage('changed');
   }
 
   async remove(id) {
+    this.#heads?.delete(id);
     if (!this.kept) return void this.#memory.delete(id);
     await settled(this.#store('readwrite').delete(id));
     this.#channel.postMessage('changed');
@@ -51,6 +64,8 @@ export class Library {
     return this.#database.transaction('conversations', mode).objectStore('conversations');
   }
 }
+
+const headOf = ({ id, title, updated }) => ({ id, title, updated });
 
 const settled = (request) => new Promise((resolve, reject) => {
   request.onsuccess = () => resolve(request.result);

@@ -131,7 +131,7 @@ export class AnswerView {
   #drawError() {
     const { message, status, retryAt } = this.#turn.error;
     this.#error.hidden = false;
-    this.#error.replaceChildren(h('p', {}, status === 401 ? `This server asks for a key. ${message}` : message));
+    this.#error.replaceChildren(h('p', {}, status === 401 ? 'This server asks for a key.' : message));
     if (status === 401) this.#error.append(h('button', { type: 'button', onclick: this.#actions.askKey }, 'Enter key'));
     if (!this.#actions.again) return;
     const again = h('button', { type: 'button', onclick: this.#actions.again }, 'Try again');

@@ -13,14 +13,17 @@ export class ServerError extends Error {
 export class Server {
   key = '';
 
-  /** Whether requests are answered: 'ready', 'loading' or 'away'. */
-  async state() {
+  /** Why requests are not answered, in words for people; nothing where they are. */
+  async trouble() {
+    let response;
     try {
-      const { status } = await fetch('/health', { cache: 'no-store' });
-      return status === 200 ? 'ready' : 'loading';
+      response = await fetch('/health', { cache: 'no-store' });
     } catch {
-      return 'away';
+      return 'The server cannot be reached. Trying again…';
     }
+    if (response.ok) return '';
+    const { message } = await refusal(response);
+    return message === 'the model is loading' ? 'Loading the model…' : message;
   }
 
   /** The model: `{ id, max_model_len }`. */

@@ -4,6 +4,8 @@ import { h, iconButton } from './element.js';
 export class Sidebar {
   #node;
   #actions;
+  #drawn = '';
+  #renaming = false;
 
   /** `actions`: `open`, `rename` and `remove`, each given a conversation (and the new title). */
   constructor(node, actions) {
@@ -13,6 +15,10 @@ export class Sidebar {
 
   show(conversations, currentId) {
     const groups = Map.groupBy(conversations, (c) => dayOf(c.updated));
+    const drawn = JSON.stringify([currentId, ...[...groups].map(([day, list]) => [day, list.map((c) => [c.id, c.title])])]);
+    // Drawn only when it changed, so that a focus in it stays.
+    if (this.#renaming || drawn === this.#drawn) return;
+    this.#drawn = drawn;
     this.#node.replaceChildren(...[...groups].map(([day, list]) => h('section', {},
       h('h2', {}, day), h('ul', {}, ...list.map((c) => this.#item(c, c.id === currentId))))));
     if (!conversations.length) this.#node.append(h('p', { className: 'empty' }, 'Conversations stay in this browser. They will be listed here.'));
@@ -29,10 +35,11 @@ export class Sidebar {
 
   #renamer(conversation) {
     const field = h('input', { value: conversation.title, maxLength: 120, 'aria-label': 'Title' });
-    let open = true;
+    this.#renaming = true;
     const close = (title) => {
-      if (!open) return;
-      open = false;
+      if (!this.#renaming) return;
+      this.#renaming = false;
+      this.#drawn = '';
       this.#actions.rename(conversation, title.trim() || conversation.title);
     };
     field.onkeydown = (e) => {
