@@ -10,11 +10,13 @@ mod choice;
 mod constraint;
 mod handle;
 mod masks;
+mod open;
 mod request;
 mod sampler;
 pub mod scheduler;
 mod stats;
 mod step;
+mod tenants;
 
 pub use blocks::BlockPool;
 pub use constraint::{Allowed, Constraint, Grammar, TokenMask};
@@ -24,4 +26,4 @@ pub use request::{
     ValidRequest,
 };
 pub use sampler::{Bans, Gate, SampleError, Sampled, Sampler};
-pub use stats::Stats;
+pub use stats::{EngineState, Stats};
