@@ -109,7 +109,7 @@ impl Answer {
                         return Some(Ok(vec![Piece::Text { choice, parts, tokens }]));
                     }
                 }
-                Some(Event::Done { choice, reason }) => {
+                Some(Event::Done { choice, reason, .. }) => {
                     let choice = prompt * self.n + choice;
                     let mut pieces = Vec::new();
                     if let Some(rest) = self.choices[choice].reasoning.finish() {
@@ -124,6 +124,8 @@ impl Answer {
                     self.usage.cached_tokens += usage.cached_tokens;
                     self.open -= 1;
                 }
+                // Nobody asked for these.
+                Some(Event::Progress { .. } | Event::PromptLogprobs { .. }) => {}
                 Some(Event::Failed { message }) => return Some(Err(ApiError::failed(message))),
                 None => {
                     return Some(Err(ApiError::failed(
@@ -339,7 +341,7 @@ fn events(prompt: usize, ticket: Ticket) -> BoxStream<'static, (usize, Option<Ev
     unfold(Some(ticket), move |ticket| async move {
         let mut ticket = ticket?;
         let event = ticket.next().await;
-        let last = !matches!(event, Some(Event::Delta { .. } | Event::Done { .. }));
+        let last = matches!(event, None | Some(Event::Finished { .. } | Event::Failed { .. }));
         Some(((prompt, event), (!last).then_some(ticket)))
     })
     .boxed()
