@@ -3,11 +3,7 @@
 use std::{
     collections::HashMap,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{
-        Arc,
-        atomic::Ordering::Release,
-        mpsc,
-    },
+    sync::{Arc, atomic::Ordering::Release, mpsc},
     time::{Duration, Instant},
 };
 

@@ -5,7 +5,9 @@ mod common;
 
 use std::time::Duration;
 
-use common::{FATAL, PANIC, ask, assert_empty, expected, greedy, prompt, read, start, start_slow, submit, wait};
+use common::{
+    FATAL, PANIC, ask, assert_empty, expected, greedy, prompt, read, start, start_slow, submit, wait,
+};
 use oxseek_engine::{EngineState, Request, SubmitError};
 
 #[test]
@@ -46,7 +48,8 @@ fn a_model_that_does_not_is_given_up_and_nobody_waits_for_it() {
 
 #[test]
 fn a_step_that_takes_too_long_shows() {
-    let engine = start_slow(100, Duration::from_millis(400), |o| o.step_stall_max = Duration::from_millis(20));
+    let engine =
+        start_slow(100, Duration::from_millis(400), |o| o.step_stall_max = Duration::from_millis(20));
     let ticket = submit(&engine, greedy(prompt(1, 10), 3));
     let mut seen = false;
     while engine.stats().finished == 0 && !seen {

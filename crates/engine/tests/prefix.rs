@@ -6,8 +6,7 @@ mod common;
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
 use common::{
-    BROKEN, ask, assert_empty, expected, greedy, prompt, read, start, start_counted, start_slow, submit,
-    wait,
+    BROKEN, ask, assert_empty, expected, greedy, prompt, read, start, start_counted, start_slow, submit, wait,
 };
 use oxseek_engine::{Event, Request, SubmitError};
 
@@ -79,7 +78,8 @@ fn an_answer_is_part_of_the_next_prompt() {
 #[test]
 fn what_one_salt_left_another_does_not_find() {
     let engine = start(100, |_| {});
-    let salted = |salt: Option<&str>| Request { cache_salt: salt.map(Into::into), ..greedy(prompt(1, 200), 2) };
+    let salted =
+        |salt: Option<&str>| Request { cache_salt: salt.map(Into::into), ..greedy(prompt(1, 200), 2) };
     let cached = [None, Some("a"), Some("b"), Some("a"), Some("b"), None]
         .map(|salt| ask(&engine, salted(salt)).unwrap().usage.cached_tokens);
     assert_eq!(cached, [0, 0, 0, 192, 192, 192]);

@@ -85,7 +85,10 @@ impl Conversation {
         let mut messages = messages(fields, model.dialect.arguments)?;
         if fields.boolean("continue_final_message")?.unwrap_or(false) {
             if messages.list.last().is_none_or(|m| m["role"] != "assistant") {
-                return Err(ApiError::invalid("continue_final_message", "the last message is no assistant's"));
+                return Err(ApiError::invalid(
+                    "continue_final_message",
+                    "the last message is no assistant's",
+                ));
             }
             messages.prefix = true;
         }
@@ -105,7 +108,8 @@ impl Conversation {
         let (prompt, thinking) = self.render(model)?;
         self.thinking.check(&model.dialect, thinking)?;
         request.prompt = prompt;
-        if let Some(id) = model.dialect.format.calls_begin_id().filter(|_| self.tools.choice == Choice::None) {
+        if let Some(id) = model.dialect.format.calls_begin_id().filter(|_| self.tools.choice == Choice::None)
+        {
             // -100 bans a token.
             request.sampling.logit_bias.retain(|(token, _)| *token != id);
             request.sampling.logit_bias.push((id, -100.0));
@@ -127,7 +131,8 @@ impl Conversation {
     /// The prompt's tokens, and whether it ends inside of thinking.
     fn render(&self, model: &Model) -> Result<(Vec<u32>, bool), ApiError> {
         let no_template = "this model has no chat template; use /v1/completions";
-        let template = model.template.as_ref().ok_or_else(|| ApiError::unsupported("messages", no_template))?;
+        let template =
+            model.template.as_ref().ok_or_else(|| ApiError::unsupported("messages", no_template))?;
         let tokenizer = model.engine.tokenizer();
         let mut messages = guard_messages(&self.messages.list, tokenizer);
         let prefix = self.messages.prefix.then(|| messages.pop()).flatten();
