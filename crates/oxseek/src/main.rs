@@ -14,6 +14,7 @@ mod formats;
 mod inspect;
 mod memory;
 mod open;
+mod pieces;
 mod plan;
 mod progress;
 mod quantize;

@@ -20,7 +20,7 @@ use crate::{
     limits::{CONNECTIONS_MAX, DRAIN_SECONDS_MAX, HEADER_BYTES_MAX, HEADER_SECONDS_MAX},
     metrics::metrics,
     openai::{chat::chat_completions, completions::completions, models},
-    page::page,
+    page::{page, part},
     state::AppState,
 };
 
@@ -73,6 +73,7 @@ pub async fn serve(
 fn router(state: AppState) -> Router {
     Router::new()
         .route("/", get(page))
+        .route("/web/{name}", get(part))
         .route("/health", get(health))
         .route("/metrics", get(metrics))
         .route("/v1/models", get(models::list))

@@ -5,5 +5,8 @@ mod body;
 pub(crate) mod chat;
 pub(crate) mod completions;
 mod fields;
+pub(crate) mod messages;
 pub(crate) mod models;
 mod parameters;
+mod thinking;
+pub(crate) mod tools;

@@ -190,8 +190,9 @@ pub(super) const fn tile_tokens<P: Panel>() -> [usize; 2] {
 trait Tiled<P: Panel> {
     /// Most tokens of one tile.
     const TILE: usize;
-    /// Whether tiles of four tokens and more have a kernel of their own that streams: worth its code in the formats
-    /// that most people have.
+    /// Tiles of fewer tokens always stream: they are the only ones of their groups, or it costs them nothing.
+    const STREAMS_BELOW: usize;
+    /// Whether the others have a second kernel that streams: worth its code in the formats that most people have.
     const STREAMS_WIDE: bool;
 
     /// The products of the groups at `w` with a tile of `T` tokens at `x`. `S`: nobody fetched the groups before, so
@@ -214,30 +215,23 @@ pub(super) struct Ahead {
     streams: bool,
     group_bytes: usize,
     next: *const u8,
+    share: usize,
     /// 256ths of a byte per step.
     step: usize,
 }
 
 impl Ahead {
-    /// Tile `tile` of `tiles` brings its part of the `groups` at `next`, in `steps` steps.
-    fn new(
-        next: *const u8,
-        groups: usize,
-        group_bytes: usize,
-        tile: usize,
-        tiles: usize,
-        steps: usize,
-    ) -> Self {
-        if tiles < AHEAD_TILES_MIN {
-            return Self { streams: tile == 0, group_bytes, next, step: 0 };
-        }
-        let share = groups * group_bytes / tiles;
-        Self {
-            streams: false,
-            group_bytes,
-            next: next.wrapping_add(tile * share),
-            step: share * 256 / steps.max(1),
-        }
+    /// What a tile brings when `tiles` of them use the same groups, in `steps` steps each.
+    fn new(next: *const u8, groups: usize, group_bytes: usize, tiles: usize, steps: usize) -> Self {
+        let (share, streams) = (groups * group_bytes / tiles, tiles < AHEAD_TILES_MIN);
+        let step = if streams { 0 } else { share * 256 / steps.max(1) };
+        Self { streams, group_bytes, next, share, step }
+    }
+
+    /// For the next tile of the same groups.
+    fn pass(&mut self) {
+        self.streams = false;
+        self.next = self.next.wrapping_add(if self.step > 0 { self.share } else { 0 });
     }
 
     /// Asks for what step `step` is to bring.
@@ -331,17 +325,18 @@ unsafe fn tiles_of<P: Panel, D: Tiled<P>, const G: usize>(g: &PanelGemm<'_>) {
             let groups: [*const u8; G] = std::array::from_fn(|i| g.w.group((group + i).min(last)));
             let is_last = group + G >= g.groups.end && !g.then.is_null();
             let next = if is_last { g.then } else { g.w.group(group + G) };
+            let mut ahead = Ahead::new(next, G, g.w.group_bytes, block.len(), g.w.cols / 128);
             let tiles = rounded::tiles(n, D::TILE).skip(block.start).take(block.len());
-            for (tile, (first, width)) in tiles.enumerate() {
-                let ahead = Ahead::new(next, G, g.w.group_bytes, tile, block.len(), g.w.cols / 128);
+            for (first, width) in tiles {
+                // SAFETY: rows of the output; the caller has the features.
+                unsafe { expect_output::<P, G>(g, group, &g.out_rows[first..first + width]) };
                 macro_rules! widths {
                     ($($n:literal)*) => {
                         match width {
                             // SAFETY: the groups and the tile are the caller's.
                             $($n if $n <= D::TILE => unsafe {
                                 let x = g.x.row(first);
-                                // Tiles this narrow are the first of their groups.
-                                let sums = if $n < 4 || (D::STREAMS_WIDE && ahead.streams) {
+                                let sums = if $n < D::STREAMS_BELOW || (D::STREAMS_WIDE && ahead.streams) {
                                     D::tile::<G, $n, true>(&g.w, groups, x, &ahead)
                                 } else {
                                     D::tile::<G, $n, false>(&g.w, groups, x, &ahead)
@@ -353,7 +348,22 @@ unsafe fn tiles_of<P: Panel, D: Tiled<P>, const G: usize>(g: &PanelGemm<'_>) {
                     };
                 }
                 widths!(1 2 3 4 5 6 7 8 9 10 11 12);
+                ahead.pass();
             }
+        }
+    }
+}
+
+/// Asks for the places that a tile's products go to. Rows of an output are often a power of two apart, so that they
+/// push each other out of the caches between two tiles.
+#[inline(always)]
+unsafe fn expect_output<P: Panel, const G: usize>(g: &PanelGemm<'_>, group: usize, rows: &[u32]) {
+    let column = (group - g.groups.start) * GROUP_ROWS;
+    for &row in rows {
+        let out = g.out.wrapping_add(row as usize * g.out_stride + column).cast::<u8>();
+        for i in 0..G {
+            // SAFETY: a hint about a place that need not be there.
+            unsafe { P::prefetch_near(out.wrapping_add(i * 64)) };
         }
     }
 }
