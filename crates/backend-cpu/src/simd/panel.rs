@@ -189,11 +189,12 @@ trait Tiled<P: Panel> {
     /// Most tokens of one tile.
     const TILE: usize;
 
-    /// The products of the groups at `w` with a tile of `T` tokens at `x`.
+    /// The products of the groups at `w` with a tile of `T` tokens at `x`. `S`: nobody fetched the groups before, so
+    /// this tile streams them.
     ///
     /// # Safety
     /// Both are whole; the features of `P`.
-    unsafe fn tile<const G: usize, const T: usize>(
+    unsafe fn tile<const G: usize, const T: usize, const S: bool>(
         w: &PanelRef,
         groups: [*const u8; G],
         x: *const f32,
@@ -204,19 +205,22 @@ trait Tiled<P: Panel> {
 /// Weights that will be needed soon: while the tiles of this pair of groups are computed, the next pair comes from
 /// memory, each tile bringing its share.
 pub(super) struct Ahead {
+    /// Whether this tile is the first that reads its groups, and nobody fetched them before.
+    streams: bool,
+    group_bytes: usize,
     next: *const u8,
     /// 256ths of a byte per step.
     step: usize,
 }
 
 impl Ahead {
-    /// Tile `tile` of `tiles` brings its part of the `bytes` at `next`, in `steps` steps.
-    fn new(next: *const u8, bytes: usize, tile: usize, tiles: usize, steps: usize) -> Self {
+    /// Tile `tile` of `tiles` brings its part of the `groups` at `next`, in `steps` steps.
+    fn new(next: *const u8, groups: usize, group_bytes: usize, tile: usize, tiles: usize, steps: usize) -> Self {
         if tiles < AHEAD_TILES_MIN {
-            return Self { next, step: 0 };
+            return Self { streams: tile == 0, group_bytes, next, step: 0 };
         }
-        let share = bytes / tiles;
-        Self { next: next.wrapping_add(tile * share), step: share * 256 / steps.max(1) }
+        let share = groups * group_bytes / tiles;
+        Self { streams: false, group_bytes, next: next.wrapping_add(tile * share), step: share * 256 / steps.max(1) }
     }
 
     /// Asks for what step `step` is to bring.
@@ -229,6 +233,52 @@ impl Ahead {
         for line in from..to {
             // SAFETY: a hint about a place that need not be there.
             unsafe { P::prefetch(self.next.wrapping_add(line * 64)) };
+        }
+    }
+}
+
+/// The lines of the groups that come [`STREAM_AHEAD`] bytes after those in use, if `S`.
+pub(super) struct Stream<const G: usize, const S: bool>([*const u8; G]);
+
+impl Ahead {
+    /// What follows the bytes from `offset` on: after the end of the groups, the next ones.
+    #[inline(always)]
+    pub(super) fn stream<const G: usize, const S: bool>(
+        &self,
+        groups: [*const u8; G],
+        offset: usize,
+    ) -> Stream<G, S> {
+        let mut offset = offset + STREAM_AHEAD;
+        if offset >= self.group_bytes {
+            offset += (G - 1) * self.group_bytes;
+        }
+        Stream(groups).from(offset)
+    }
+}
+
+impl<const G: usize, const S: bool> Stream<G, S> {
+    #[inline(always)]
+    pub(super) fn from(&self, offset: usize) -> Self {
+        let mut at = self.0;
+        for at in &mut at {
+            *at = at.wrapping_add(offset);
+        }
+        Self(at)
+    }
+
+    /// Asks for some of the lines: a few at a time, as a core can wait for no more.
+    ///
+    /// # Safety
+    /// The features of `P`.
+    #[inline(always)]
+    pub(super) unsafe fn fetch<P: Panel>(&self, lines: std::ops::Range<usize>) {
+        if S {
+            for line in lines {
+                for at in self.0 {
+                    // SAFETY: a hint about a place that need not be there.
+                    unsafe { P::prefetch_near(at.wrapping_add(line * 64)) };
+                }
+            }
         }
     }
 }
@@ -261,13 +311,19 @@ unsafe fn tiles_of<P: Panel, D: Tiled<P>, const G: usize>(g: &PanelGemm<'_>) {
             let next = g.w.group(group + G);
             let tiles = rounded::tiles(n, D::TILE).skip(block.start).take(block.len());
             for (tile, (first, width)) in tiles.enumerate() {
-                let ahead = Ahead::new(next, G * g.w.group_bytes, tile, block.len(), g.w.cols / 128);
+                let ahead = Ahead::new(next, G, g.w.group_bytes, tile, block.len(), g.w.cols / 128);
                 macro_rules! widths {
                     ($($n:literal)*) => {
                         match width {
                             // SAFETY: the groups and the tile are the caller's.
                             $($n if $n <= D::TILE => unsafe {
-                                let sums = D::tile::<G, $n>(&g.w, groups, g.x.row(first), &ahead);
+                                let x = g.x.row(first);
+                                // Tiles this narrow are the first of their groups.
+                                let sums = if $n < 4 || ahead.streams {
+                                    D::tile::<G, $n, true>(&g.w, groups, x, &ahead)
+                                } else {
+                                    D::tile::<G, $n, false>(&g.w, groups, x, &ahead)
+                                };
                                 emit::<P, G, $n>(g, group, first, sums);
                             },)*
                             _ => unreachable!("a tile of {width} tokens"),
