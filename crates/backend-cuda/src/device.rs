@@ -53,7 +53,9 @@ impl Device {
         let (context, facts) = driver.context(ordinal)?;
         if facts.capability < CAPABILITY_MIN {
             let ((major, minor), name) = (facts.capability, &facts.name);
-            let why = format!("{name} has compute capability {major}.{minor}; 8.0 (Ampere) is the oldest supported");
+            let why = format!(
+                "{name} has compute capability {major}.{minor}; 8.0 (Ampere) is the oldest supported"
+            );
             return Err(Error::Device(why));
         }
         driver.enter(context)?;

@@ -174,7 +174,8 @@ impl Driver {
         driver.check("cuDriverGetVersion", unsafe { (driver.f.version)(&raw mut version) })?;
         if version < VERSION_MIN {
             let (found, wanted) = (dotted(version), dotted(VERSION_MIN));
-            let why = format!("the NVIDIA driver is too old: it has CUDA {found}, {wanted} is needed (driver 580)");
+            let why =
+                format!("the NVIDIA driver is too old: it has CUDA {found}, {wanted} is needed (driver 580)");
             return Err(Error::Device(why));
         }
         // SAFETY: no preconditions.
@@ -314,7 +315,13 @@ impl Driver {
     /// # Safety
     /// `from` has that many, and `to` is read after the stream was waited for only.
     #[allow(unsafe_code, reason = "calls of the driver")]
-    pub(crate) unsafe fn download(&self, to: &mut Pinned, from: DevicePtr, bytes: usize, stream: &Stream) -> Result<(), Error> {
+    pub(crate) unsafe fn download(
+        &self,
+        to: &mut Pinned,
+        from: DevicePtr,
+        bytes: usize,
+        stream: &Stream,
+    ) -> Result<(), Error> {
         let bytes = bytes.min(to.bytes);
         // SAFETY: the caller's promise, and the line above.
         self.check("cuMemcpyDtoH", unsafe { (self.f.download)(to.at.cast(), from, bytes, stream.0) })
@@ -325,7 +332,13 @@ impl Driver {
     /// # Safety
     /// Both have `bytes` bytes.
     #[allow(unsafe_code, reason = "calls of the driver")]
-    pub(crate) unsafe fn copy(&self, to: DevicePtr, from: DevicePtr, bytes: usize, stream: &Stream) -> Result<(), Error> {
+    pub(crate) unsafe fn copy(
+        &self,
+        to: DevicePtr,
+        from: DevicePtr,
+        bytes: usize,
+        stream: &Stream,
+    ) -> Result<(), Error> {
         // SAFETY: the caller's promise.
         self.check("cuMemcpyDtoD", unsafe { (self.f.copy)(to, from, bytes, stream.0) })
     }
@@ -390,13 +403,18 @@ impl Driver {
 
     /// What `put` puts in line becomes a graph instead.
     #[allow(unsafe_code, reason = "calls of the driver")]
-    pub(crate) fn capture(&self, stream: &Stream, put: impl FnOnce() -> Result<(), Error>) -> Result<Graph, Error> {
+    pub(crate) fn capture(
+        &self,
+        stream: &Stream,
+        put: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<Graph, Error> {
         let (mut graph, mut exec) = (ptr::null_mut(), ptr::null_mut());
         // SAFETY: a live stream.
         self.check("cuStreamBeginCapture", unsafe { (self.f.begin_capture)(stream.0, CAPTURE_OF_THREAD) })?;
         let put = put();
         // SAFETY: it writes one handle.
-        let ended = self.check("cuStreamEndCapture", unsafe { (self.f.end_capture)(stream.0, &raw mut graph) });
+        let ended =
+            self.check("cuStreamEndCapture", unsafe { (self.f.end_capture)(stream.0, &raw mut graph) });
         put.and(ended)?;
         // SAFETY: a live graph; it writes one handle.
         let made = self.check("cuGraphInstantiate", unsafe { (self.f.instantiate)(&raw mut exec, graph, 0) });

@@ -20,8 +20,8 @@ use std::{
 use oxseek_tensor::{
     Backend, DType, Error, HostMatrix,
     backend::{
-        BLOCK_TOKENS, Buffer, Cache, CacheShape, DeviceInfo, ExpertMatrices, Experts, KvB, MlaShape, Mlp, Read,
-        Rope, RouterShape, Routing, StepInput, Vector, Weight,
+        BLOCK_TOKENS, Buffer, Cache, CacheShape, DeviceInfo, ExpertMatrices, Experts, KvB, MlaShape, Mlp,
+        Read, Rope, RouterShape, Routing, StepInput, Vector, Weight,
     },
     error::{at_most, expect, shape_error},
 };
@@ -233,7 +233,13 @@ impl CudaBackend {
         Ok(table)
     }
 
-    fn cache(&self, op: &'static str, c: Cache, layer: usize, shape: &MlaShape) -> Result<&LatentCache, Error> {
+    fn cache(
+        &self,
+        op: &'static str,
+        c: Cache,
+        layer: usize,
+        shape: &MlaShape,
+    ) -> Result<&LatentCache, Error> {
         let cache = found(op, "cache handle", &self.caches, c.0)?;
         at_most(op, "layer", cache.shape.layers.saturating_sub(1), layer)?;
         expect(op, "cache latent", shape.latent, cache.shape.latent)?;
@@ -301,8 +307,14 @@ impl CudaBackend {
     }
 
     /// Makes `room` at least `bytes` large.
-    fn grow(pool: &mut Pool, room: &mut Room, what: &'static str, sizes: &[usize]) -> Result<DevicePtr, Error> {
-        let bytes = sizes.iter().try_fold(1usize, |n, s| n.checked_mul(*s)).ok_or(Error::Overflow { what })?;
+    fn grow(
+        pool: &mut Pool,
+        room: &mut Room,
+        what: &'static str,
+        sizes: &[usize],
+    ) -> Result<DevicePtr, Error> {
+        let bytes =
+            sizes.iter().try_fold(1usize, |n, s| n.checked_mul(*s)).ok_or(Error::Overflow { what })?;
         if bytes > room.bytes {
             let bytes = bytes.checked_next_power_of_two().ok_or(Error::Overflow { what })?;
             *room = Room { at: pool.take(what, bytes)?, bytes };
@@ -448,7 +460,14 @@ impl Backend for CudaBackend {
         self.embed_tokens(table, out)
     }
 
-    fn rms_norm(&mut self, x: Buffer, weight: Vector, eps: f32, out: Buffer, rows: usize) -> Result<(), Error> {
+    fn rms_norm(
+        &mut self,
+        x: Buffer,
+        weight: Vector,
+        eps: f32,
+        out: Buffer,
+        rows: usize,
+    ) -> Result<(), Error> {
         self.norm_rows(x, weight, eps, out, rows)
     }
 
@@ -528,7 +547,8 @@ impl Backend for CudaBackend {
             self.queue.flush()?;
         }
         self.gathering = true;
-        let list = Self::grow(&mut self.pool, &mut self.gathered, "rows to gather", &[rows.len().max(64), 4])?;
+        let list =
+            Self::grow(&mut self.pool, &mut self.gathered, "rows to gather", &[rows.len().max(64), 4])?;
         self.queue.upload(list, &bytes_of_words(rows.iter().copied()))?;
         let shape = Shape::new([rows.len(), 1, 1], 256);
         self.queue.push(Kernel::GatherRows, shape, arguments![x.at, list, out.at, x.cols]);

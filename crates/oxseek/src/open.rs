@@ -12,6 +12,7 @@ use oxseek_weights::{Checkpoint, Gguf, gguf::Value};
 
 use crate::{
     args::ModelArgs,
+    device::chosen_backend,
     failure::Failure,
     plan::{need::Experts, place_experts},
     wording::Wording,
@@ -140,9 +141,9 @@ pub fn start_engine(
     let c = checkpoint.config();
     let context = context_tokens(args, checkpoint)?;
     let options = load_options(context, parallel, args.cache_format());
-    let backend = placed_backend(args, checkpoint, &options)?;
+    let backend = chosen_backend(args, checkpoint, &options)?;
     let bar = LoadBar::new();
-    let model = DeepSeek::load(checkpoint, Box::new(backend), options, &mut |done, of| bar.show(done, of))
+    let model = DeepSeek::load(checkpoint, backend, options, &mut |done, of| bar.show(done, of))
         .map_err(|e| broken(&e))?;
     bar.finish();
     let text_of = |id: Option<u32>| id.map(|id| tokenizer.decode(&[id])).unwrap_or_default();

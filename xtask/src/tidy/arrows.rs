@@ -15,7 +15,20 @@ const ARROWS: [(&str, &[&str]); 11] = [
     ("selftest", &["tensor", "weights", "model"]),
     ("engine", &["model", "text"]),
     ("server", &["engine", "text"]),
-    ("oxseek", &["tensor", "backend-cpu", "backend-cuda", "weights", "text", "model", "selftest", "engine", "server"]),
+    (
+        "oxseek",
+        &[
+            "tensor",
+            "backend-cpu",
+            "backend-cuda",
+            "weights",
+            "text",
+            "model",
+            "selftest",
+            "engine",
+            "server",
+        ],
+    ),
     ("xtask", &[]),
 ];
 

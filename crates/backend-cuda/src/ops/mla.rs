@@ -57,7 +57,17 @@ impl CudaBackend {
         let step = self.step_argument();
         let grid = Shape::new([self.rows(), 1, 1], THREADS).shared(shared);
         let arguments = arguments![
-            kv.at, weight, eps, step, frequencies, magnitude, rows, format, latent, turned, row_bytes
+            kv.at,
+            weight,
+            eps,
+            step,
+            frequencies,
+            magnitude,
+            rows,
+            format,
+            latent,
+            turned,
+            row_bytes
         ];
         self.queue.push(Kernel::MlaAppend, grid, arguments);
         Ok(())
@@ -87,7 +97,8 @@ impl CudaBackend {
         at_most(op, "bytes of a query in F32", SHARED_BYTES_MAX, shared)?;
         let per_row = heads * latent * 4;
         let together = (ABSORBED_BYTES_MAX / per_row).clamp(1, rows.max(1));
-        let absorbed = Self::grow(&mut self.pool, &mut self.absorbed, "absorbed queries", &[together, per_row])?;
+        let absorbed =
+            Self::grow(&mut self.pool, &mut self.absorbed, "absorbed queries", &[together, per_row])?;
         let step = self.step_argument();
         for first in (0..rows).step_by(together) {
             let n = together.min(rows - first);
@@ -95,7 +106,18 @@ impl CudaBackend {
             let absorb = arguments![kv_b.record, q.at, absorbed, first, heads, nope, rope, value];
             self.queue.push(Kernel::MlaAbsorb, heads_of_rows, absorb);
             let mean = arguments![
-                absorbed, q.at, step, at, format, first, heads, nope, rope, latent, row_bytes, softmax_scale
+                absorbed,
+                q.at,
+                step,
+                at,
+                format,
+                first,
+                heads,
+                nope,
+                rope,
+                latent,
+                row_bytes,
+                softmax_scale
             ];
             self.queue.push(Kernel::MlaMean, heads_of_rows.shared(shared), mean);
             let values = Shape::new([value.div_ceil(WARPS), heads, n], THREADS);

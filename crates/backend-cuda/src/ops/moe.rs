@@ -32,12 +32,9 @@ fn check_mlp(op: &'static str, [gate, up, down]: [(usize, usize); 3]) -> Result<
 
 /// `Router` of the kernels: seven numbers and a factor, two to a word.
 fn router_argument(shape: &RouterShape) -> [u64; 4] {
-    let flags = [
-        shape.group_score == GroupScore::TopTwoSum,
-        shape.scoring == Scoring::Sigmoid,
-        shape.normalize,
-    ]
-    .map(u64::from);
+    let flags =
+        [shape.group_score == GroupScore::TopTwoSum, shape.scoring == Scoring::Sigmoid, shape.normalize]
+            .map(u64::from);
     let pair = |low: u64, high: u64| low | high << 32;
     [
         pair(shape.experts as u64, shape.top_k as u64),
@@ -49,7 +46,8 @@ fn router_argument(shape: &RouterShape) -> [u64; 4] {
 
 impl CudaBackend {
     fn mlp_matrices(&self, op: &'static str, mlp: &Mlp) -> Result<MlpMatrices, Error> {
-        let (gate, up, down) = (self.matrix(op, mlp.gate)?, self.matrix(op, mlp.up)?, self.matrix(op, mlp.down)?);
+        let (gate, up, down) =
+            (self.matrix(op, mlp.gate)?, self.matrix(op, mlp.up)?, self.matrix(op, mlp.down)?);
         check_mlp(op, [gate, up, down].map(|m| (m.rows, m.cols)))?;
         Ok(MlpMatrices { gate, up, down })
     }
@@ -96,7 +94,8 @@ impl CudaBackend {
         at_most(op, "bytes of scores", ROUTER_BYTES_MAX, shared)?;
         let (ids, weights, order) = (routing.ids, routing.weights, routing.order);
         self.routings[out.0 as usize].experts = shape.experts;
-        let logits = Self::grow(&mut self.pool, &mut self.logits, "router logits", &[rows, shape.experts, 4])?;
+        let logits =
+            Self::grow(&mut self.pool, &mut self.logits, "router logits", &[rows, shape.experts, 4])?;
         self.multiply(m, x.at, logits, rows, false);
         let grid = Shape::new([rows, 1, 1], 32).shared(shared);
         let arguments = arguments![logits, bias, router_argument(shape), ids, weights, order];
@@ -139,7 +138,17 @@ impl CudaBackend {
         self.queue.push(Kernel::MoeInner, shape, arguments![records, ids, x.at, inner, inner_max]);
         let shape = Shape::new([width.div_ceil(WARPS), rows, 1], THREADS);
         let arguments = arguments![
-            records, ids, weights, order, top_k, inner, inner_max, down, shared_inner, out.at, width
+            records,
+            ids,
+            weights,
+            order,
+            top_k,
+            inner,
+            inner_max,
+            down,
+            shared_inner,
+            out.at,
+            width
         ];
         self.queue.push(Kernel::MoeSum, shape, arguments);
         Ok(())
