@@ -61,6 +61,8 @@ pub(crate) struct PanelGemm<'a> {
     pub(crate) out_stride: usize,
     pub(crate) out_rows: &'a [u32],
     pub(crate) output: Output<'a>,
+    /// Groups that are likely to be asked for next, or null. Only a hint.
+    pub(crate) then: *const u8,
 }
 
 /// Sixteen rows at once, on one level.
@@ -188,6 +190,9 @@ pub(super) const fn tile_tokens<P: Panel>() -> [usize; 2] {
 trait Tiled<P: Panel> {
     /// Most tokens of one tile.
     const TILE: usize;
+    /// Whether tiles of four tokens and more have a kernel of their own that streams: worth its code in the formats
+    /// that most people have.
+    const STREAMS_WIDE: bool;
 
     /// The products of the groups at `w` with a tile of `T` tokens at `x`. `S`: nobody fetched the groups before, so
     /// this tile streams them.
@@ -260,11 +265,15 @@ impl Ahead {
         groups: [*const u8; G],
         offset: usize,
     ) -> Stream<G, S> {
-        let mut offset = offset + STREAM_AHEAD;
-        if offset >= self.group_bytes {
-            offset += (G - 1) * self.group_bytes;
+        let offset = offset + STREAM_AHEAD;
+        if offset < self.group_bytes {
+            return Stream(groups).from(offset);
         }
-        Stream(groups).from(offset)
+        let mut at = [self.next; G];
+        for (i, at) in at.iter_mut().enumerate() {
+            *at = at.wrapping_add(i * self.group_bytes);
+        }
+        Stream(at).from(offset - self.group_bytes)
     }
 }
 
@@ -320,7 +329,8 @@ unsafe fn tiles_of<P: Panel, D: Tiled<P>, const G: usize>(g: &PanelGemm<'_>) {
             let last = g.groups.end - 1;
             // Where there is no second group the first stands in for it, and its products are thrown away.
             let groups: [*const u8; G] = std::array::from_fn(|i| g.w.group((group + i).min(last)));
-            let next = g.w.group(group + G);
+            let is_last = group + G >= g.groups.end && !g.then.is_null();
+            let next = if is_last { g.then } else { g.w.group(group + G) };
             let tiles = rounded::tiles(n, D::TILE).skip(block.start).take(block.len());
             for (tile, (first, width)) in tiles.enumerate() {
                 let ahead = Ahead::new(next, G, g.w.group_bytes, tile, block.len(), g.w.cols / 128);
@@ -331,7 +341,7 @@ unsafe fn tiles_of<P: Panel, D: Tiled<P>, const G: usize>(g: &PanelGemm<'_>) {
                             $($n if $n <= D::TILE => unsafe {
                                 let x = g.x.row(first);
                                 // Tiles this narrow are the first of their groups.
-                                let sums = if $n < 4 || ahead.streams {
+                                let sums = if $n < 4 || (D::STREAMS_WIDE && ahead.streams) {
                                     D::tile::<G, $n, true>(&g.w, groups, x, &ahead)
                                 } else {
                                     D::tile::<G, $n, false>(&g.w, groups, x, &ahead)
