@@ -56,6 +56,7 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
     request.max_tokens = either(&mut fields, "max_completion_tokens", "max_tokens", Fields::count)?;
     request.logprobs = logprobs(&mut fields, model)?;
     let streaming = streaming(&mut fields)?;
+    request.progress = streaming.progress;
     let conversation = Conversation::take(&mut fields, model)?;
     unsupported(&mut fields)?;
     neutral(&mut fields)?;

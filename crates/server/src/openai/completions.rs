@@ -66,6 +66,7 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
     fields.only("best_of", &[json!(request.n)])?;
     fields.only("suffix", &[json!("")])?;
     let streaming = streaming(&mut fields)?;
+    request.progress = streaming.progress;
     let prompts = prompts(&mut fields)?;
     neutral(&mut fields)?;
     fields.finish()?;
