@@ -120,7 +120,7 @@ fn a_prompt_is_scored_token_by_token() {
     }
     assert_eq!(scored.iter().map(|t| t.id).collect::<Vec<_>>(), prompt(1, 150)[1..]);
     for (at, token) in scored.iter().enumerate() {
-        let best = token.top[0];
+        let best = &token.top[0];
         assert!(token.top.len() == 2 && token.logprob <= best.2 && best.2 < 0.0);
         // The model's own choice after these tokens, unless that is the banned one.
         let next = expected(&prompt(1, 150)[..=at], 1)[0];

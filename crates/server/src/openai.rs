@@ -2,9 +2,12 @@
 
 mod answer;
 mod body;
+pub(crate) mod capabilities;
 pub(crate) mod chat;
 pub(crate) mod completions;
+pub(crate) mod constraint;
 mod fields;
+mod formats;
 pub(crate) mod messages;
 pub(crate) mod models;
 mod parameters;

@@ -59,6 +59,7 @@ pub(crate) fn generation(fields: &mut Fields, request: &mut Request) -> Result<(
     s.logit_bias = logit_bias(fields)?;
     s.seed = fields.whole("seed")?;
     request.n = fields.count("n")?.unwrap_or(1);
+    request.min_tokens = fields.count("min_tokens")?.unwrap_or(0);
     request.stop = stop(fields)?;
     request.stop_tokens = token_ids(&fields.list("stop_token_ids")?.unwrap_or_default(), "stop_token_ids")?;
     request.ignore_eos = fields.boolean("ignore_eos")?.unwrap_or(false);
