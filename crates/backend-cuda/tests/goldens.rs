@@ -42,7 +42,7 @@ fn the_demo_model() {
         return;
     }
     let checkpoint = Checkpoint::open(&root().join("models/oxseek-demo")).unwrap();
-    let golden = Golden::open(&root().join("goldens/oxseek-demo.safetensors")).unwrap();
+    let golden = Golden::open(&root().join("goldens/oxseek-demo.safetensors.gz")).unwrap();
     for figures in demo::check(&checkpoint, &golden, &mut make).unwrap() {
         println!("{figures}");
         assert!(figures.passed(), "{figures}");

@@ -64,7 +64,13 @@ impl CallRules {
             };
             let _ = writeln!(lark, "tool_{i}: {call}");
         }
-        let _ = writeln!(lark, "call: {} ({}) {}", token("<｜tool▁call▁begin｜>")?, self.any(), token("<｜tool▁call▁end｜>")?);
+        let _ = writeln!(
+            lark,
+            "call: {} ({}) {}",
+            token("<｜tool▁call▁begin｜>")?,
+            self.any(),
+            token("<｜tool▁call▁end｜>")?
+        );
         let between = if fenced { r#""\n" "# } else { "" };
         let _ = writeln!(lark, "rest: call{} {}", self.more(between), token("<｜tool▁calls▁end｜>")?);
         let _ = writeln!(lark, "calls: {} rest", token("<｜tool▁calls▁begin｜>")?);
@@ -134,7 +140,8 @@ impl CallRules {
         }
         let _ = writeln!(lark, r"RAW: /([^<]|<[^\/])*/");
         let _ = writeln!(lark, "call: \"<\" {bar} ({})", self.any());
-        let _ = writeln!(lark, r#"rest: "function_calls>\n" call{} "</" {bar} "function_calls>""#, self.more(""));
+        let _ =
+            writeln!(lark, r#"rest: "function_calls>\n" call{} "</" {bar} "function_calls>""#, self.more(""));
         let _ = writeln!(lark, r#"calls: /(\n\n)?</ {bar} rest"#);
         Ok(lark)
     }
@@ -160,7 +167,9 @@ fn object_schema(schema: &Value) -> Value {
 fn is_plain_string(schema: &Value) -> bool {
     schema.as_object().is_some_and(|map| {
         map.get("type") == Some(&json!("string"))
-            && map.keys().all(|k| matches!(k.as_str(), "type" | "description" | "title" | "default" | "examples"))
+            && map
+                .keys()
+                .all(|k| matches!(k.as_str(), "type" | "description" | "title" | "default" | "examples"))
     })
 }
 

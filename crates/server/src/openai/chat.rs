@@ -132,7 +132,8 @@ impl Conversation {
         rules.thinking = thinking;
         rules.thinking_tokens_max = self.thinking.tokens_max;
         let forced = matches!(self.tools.choice, Choice::Required | Choice::Named(_));
-        let held = self.tools.callable() && (!self.tools.parallel || self.tools.list.iter().any(|t| t.strict));
+        let held =
+            self.tools.callable() && (!self.tools.parallel || self.tools.list.iter().any(|t| t.strict));
         let format = self.format.as_ref().filter(|_| !forced);
         if !(forced || held || format.is_some()) {
             return Ok(rules);
@@ -147,16 +148,16 @@ impl Conversation {
         let compiled = match (format, &calls) {
             (None, Some(calls)) if !forced => {
                 let why = "this model's calls do not begin with a token of their own";
-                rules.behind = Some(
-                    dialect.format.calls_begin_id().ok_or_else(|| ApiError::unsupported("tools", why))?,
-                );
+                rules.behind =
+                    Some(dialect.format.calls_begin_id().ok_or_else(|| ApiError::unsupported("tools", why))?);
                 grammars.compile_rest(calls)
             }
             (format, calls) => grammars.compile(format.map(|f| &f.rule), calls.as_ref()),
         };
         rules.grammar = Some(compiled.map_err(|e| {
             let tools_alone = calls.as_ref().map(|c| grammars.compile(None, Some(c)).is_ok());
-            let param = if tools_alone == Some(false) { "tools" } else { format.map_or("tools", |f| f.param) };
+            let param =
+                if tools_alone == Some(false) { "tools" } else { format.map_or("tools", |f| f.param) };
             refused(param, &e)
         })?);
         Ok(rules)
@@ -166,10 +167,12 @@ impl Conversation {
     fn call_rules(&self, model: &Model, forced: bool) -> Option<CallRules> {
         let chosen = |i: usize| !matches!(self.tools.choice, Choice::Named(n) if n != i);
         let tools = self.tools.list.iter().enumerate().filter(|(i, _)| chosen(*i)).map(|(_, tool)| {
-            let schema = if tool.strict || forced { tool.parameters.clone() } else { json!({"type": "object"}) };
+            let schema =
+                if tool.strict || forced { tool.parameters.clone() } else { json!({"type": "object"}) };
             (tool.name.clone(), schema)
         });
-        let earlier = self.messages.list.iter().filter_map(|m| m["tool_calls"].as_array()).map(Vec::len).sum();
+        let earlier =
+            self.messages.list.iter().filter_map(|m| m["tool_calls"].as_array()).map(Vec::len).sum();
         let many = self.tools.parallel && !matches!(self.tools.choice, Choice::Named(_));
         Some(CallRules { style: model.dialect.format.calls()?, tools: tools.collect(), many, earlier })
     }
