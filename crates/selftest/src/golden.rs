@@ -28,8 +28,9 @@ impl Golden {
     /// # Errors
     /// [`Error::Io`] or [`Error::Checkpoint`]
     pub fn from_bytes(name: &str, bytes: ByteRegion) -> Result<Self, Error> {
-        let is_packed = bytes.starts_with(&GZIP_MAGIC);
-        let bytes = if is_packed { ByteRegion::from_vec(unpack(Path::new(name), &bytes)?) } else { bytes };
+        let is_packed = bytes.bytes().starts_with(&GZIP_MAGIC);
+        let bytes =
+            if is_packed { ByteRegion::from_vec(unpack(Path::new(name), bytes.bytes())?) } else { bytes };
         Ok(Self(SafeTensors::read(name, bytes)?))
     }
 
