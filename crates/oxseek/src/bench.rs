@@ -11,7 +11,7 @@ use oxseek_tensor::CacheFormat;
 
 use self::{
     report::{Machine, Report, Start},
-    test::{Context, STEP_ROWS_MAX, Test},
+    test::{Context, Test},
 };
 use crate::{
     args::BenchArgs,
@@ -43,7 +43,7 @@ pub fn bench(args: &BenchArgs, started: Instant) -> Result<(), Failure> {
     let mut model = DeepSeek::load(&checkpoint, Box::new(backend), sizes.options(), &mut |_, _| {})
         .map_err(|e| Failure::Model(e.to_string()))?;
     let load = started.elapsed();
-    let mut context = Context::new(&model, sizes.batch, sizes.tokens);
+    let mut context = Context::new(&model, sizes.batch, sizes.tokens, sizes.step_rows);
     let first_token = context.prompt(&mut model, START_TOKENS)?;
     let first_token_at = started.elapsed();
     let since = Instant::now();
@@ -75,6 +75,8 @@ struct Sizes {
     batch: usize,
     /// Longest sequence.
     tokens: usize,
+    /// Most rows of a step of a prompt.
+    step_rows: usize,
     cache_format: CacheFormat,
 }
 
@@ -91,6 +93,7 @@ impl Sizes {
             batch: args.batch.iter().copied().max().map_or(1, usize::from),
             tokens: START_TOKENS.max(deepest + args.prompt.max(args.generate) as usize) + 1,
             depths,
+            step_rows: args.step_rows.into(),
             cache_format: args.model.cache_format(),
         })
     }
@@ -99,7 +102,7 @@ impl Sizes {
         LoadOptions {
             context_tokens_max: self.tokens,
             cache_blocks: self.batch * blocks_for(self.tokens),
-            step_rows_max: STEP_ROWS_MAX.max(self.batch),
+            step_rows_max: self.step_rows.max(self.batch),
             logit_rows_max: self.batch,
             cache_format: self.cache_format,
         }

@@ -7,6 +7,7 @@ mod chat;
 mod conversation;
 #[cfg(feature = "demo")]
 mod demo;
+mod device;
 mod failure;
 #[cfg(feature = "demo")]
 mod format_table;

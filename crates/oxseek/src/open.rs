@@ -12,6 +12,7 @@ use oxseek_weights::{Checkpoint, Gguf, gguf::Value};
 
 use crate::{
     args::ModelArgs,
+    device::chosen_backend,
     failure::Failure,
     plan::{need::Experts, place_experts},
     wording::Wording,
@@ -21,6 +22,8 @@ use crate::{
 pub const CONTEXT_TOKENS_DEFAULT: usize = 4096;
 /// Rows of one step: the most prompt tokens that are computed between two tokens of the other sequences.
 const STEP_ROWS_MAX: usize = 512;
+/// Rows of one step that prompts may be scored with (`prompt_logprobs`), beside one per request.
+const SCORE_ROWS_MAX: usize = 32;
 
 /// A model that is ready to be asked.
 pub struct Opened {
@@ -103,7 +106,7 @@ pub fn load_options(context: usize, parallel: usize, cache_format: CacheFormat) 
         context_tokens_max: context,
         cache_blocks: parallel * blocks_for(context),
         step_rows_max: STEP_ROWS_MAX.max(parallel),
-        logit_rows_max: parallel,
+        logit_rows_max: parallel + SCORE_ROWS_MAX,
         cache_format,
     }
 }
@@ -169,9 +172,9 @@ pub fn start_engine(
 }
 
 fn load_model(checkpoint: &Checkpoint, args: &ModelArgs, options: LoadOptions) -> Result<DeepSeek, Failure> {
-    let backend = placed_backend(args, checkpoint, &options)?;
+    let backend = chosen_backend(args, checkpoint, &options)?;
     let bar = LoadBar::new();
-    let model = DeepSeek::load(checkpoint, Box::new(backend), options, &mut |done, of| bar.show(done, of))
+    let model = DeepSeek::load(checkpoint, backend, options, &mut |done, of| bar.show(done, of))
         .map_err(|e| Failure::Model(e.to_string()))?;
     bar.finish();
     Ok(model)

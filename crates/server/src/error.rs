@@ -118,7 +118,7 @@ impl From<RequestError> for ApiError {
 impl From<SubmitError> for ApiError {
     fn from(e: SubmitError) -> Self {
         match e {
-            SubmitError::Busy => {
+            SubmitError::Busy | SubmitError::TenantBusy => {
                 let e = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", e.to_string());
                 Self { code: Some("queue_full"), retry_after: true, ..e }
             }

@@ -15,6 +15,8 @@ pub(super) trait Block<P: Panel> {
     const UNITS: usize = 8;
     /// `log2` of the value that stands for zero; `None` when the format has minima instead.
     const ZERO_SHIFT: Option<u32>;
+    /// One of the formats that most people have.
+    const COMMON: bool = false;
     /// Half cache lines of a block of all rows of a group, rounded up.
     const LINES_TWICE: usize;
     /// Whether the blocks of 256 columns share a header.
@@ -44,6 +46,7 @@ pub(super) struct Q4_0;
 pub(super) struct Q4K;
 
 impl<P: Panel> Block<P> for Q8_0 {
+    const COMMON: bool = true;
     const LINES_TWICE: usize = 17;
     const ZERO_SHIFT: Option<u32> = Some(7);
     #[inline(always)]
@@ -63,6 +66,7 @@ impl<P: Panel> Block<P> for Q8_0 {
 }
 
 impl<P: Panel> Block<P> for Q4_0 {
+    const COMMON: bool = true;
     const LINES_TWICE: usize = 9;
     const ZERO_SHIFT: Option<u32> = Some(3);
     #[inline(always)]
@@ -88,6 +92,7 @@ impl<P: Panel> Block<P> for Q4_0 {
 const Q4K_BYTES: usize = 16 * 144;
 
 impl<P: Panel> Block<P> for Q4K {
+    const COMMON: bool = true;
     const LINES_TWICE: usize = 9;
     const ZERO_SHIFT: Option<u32> = None;
     const SUPER: bool = true;
@@ -144,6 +149,8 @@ pub(super) struct Tile<D>(PhantomData<D>);
 
 impl<P: Panel, D: Block<P>> Tiled<P> for Tile<D> {
     const TILE: usize = P::TILE_BYTES;
+    const STREAMS_BELOW: usize = 4;
+    const STREAMS_WIDE: bool = D::COMMON && P::PAIRS;
 
     #[inline(always)]
     unsafe fn tile<const G: usize, const T: usize, const S: bool>(

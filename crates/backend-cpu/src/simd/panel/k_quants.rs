@@ -131,6 +131,7 @@ unsafe fn factor_of_6_bits<P: Panel>(at: *const u8, b: usize, which: usize) -> P
 }
 
 impl<P: Panel> Block<P> for Q6K {
+    const COMMON: bool = true;
     const LINES_TWICE: usize = 7;
     const UNITS: usize = 4;
     const ZERO_SHIFT: Option<u32> = Some(5);
