@@ -122,7 +122,10 @@ mod tests {
         let multiplies = Limits { read: 1e9, multiply: [1.0, 2.0 * 3.0 * 1024.0, 1.0] };
         assert_eq!(d.tokens_per_second(&multiplies, 4, 0)[0], 1.0);
         let [limit, usual] = d.tokens_per_second(&reads, 1, 0);
-        assert!((usual - limit * part_read(Some(DType::BF16))).abs() < 0.01, "multiplying is next to nothing here");
+        assert!(
+            (usual - limit * part_read(Some(DType::BF16))).abs() < 0.01,
+            "multiplying is next to nothing here"
+        );
         assert!(d.tokens_per_second(&multiplies, 4, 0)[1] < 0.51);
     }
 }
