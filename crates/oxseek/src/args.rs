@@ -276,6 +276,10 @@ pub struct BenchArgs {
     /// Show where the time went, op by op
     #[arg(long)]
     pub profile: bool,
+    /// Take the model out of the system's file cache first, so that the start reads it from disk, and
+    /// measure how fast the disk is
+    #[arg(long)]
+    pub cold: bool,
     /// Measure only what this machine can do, reading and multiplying; no model is loaded
     #[arg(long)]
     pub limit: bool,
