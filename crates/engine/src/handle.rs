@@ -15,7 +15,7 @@ use oxseek_text::Tokenizer;
 use thiserror::Error;
 
 use crate::{
-    EngineLimits, Event, Request, Stats, ValidRequest,
+    EngineLimits, Event, Observer, Request, Stats, ValidRequest,
     stats::{Counters, add},
     step::Worker,
 };
@@ -86,6 +86,7 @@ pub(crate) struct Submission {
     pub(crate) events: async_channel::Sender<Event>,
     pub(crate) submitted: Instant,
     pub(crate) random_seed: u64,
+    pub(crate) observer: Option<Box<dyn Observer>>,
 }
 
 /// Why a request was not taken.
@@ -148,6 +149,26 @@ impl EngineHandle {
     /// # Errors
     /// [`SubmitError`]
     pub fn submit(&self, request: ValidRequest) -> Result<Ticket, SubmitError> {
+        self.submit_with(request, None)
+    }
+
+    /// Queues a request that someone keeps books about.
+    ///
+    /// # Errors
+    /// [`SubmitError`]; the observer is dropped without being told anything.
+    pub fn submit_observed(
+        &self,
+        request: ValidRequest,
+        observer: Box<dyn Observer>,
+    ) -> Result<Ticket, SubmitError> {
+        self.submit_with(request, Some(observer))
+    }
+
+    fn submit_with(
+        &self,
+        request: ValidRequest,
+        observer: Option<Box<dyn Observer>>,
+    ) -> Result<Ticket, SubmitError> {
         let s = &self.shared;
         if s.stopping.load(Ordering::Acquire) {
             return Err(SubmitError::Stopped);
@@ -158,8 +179,13 @@ impl EngineHandle {
             return Err(SubmitError::Busy);
         }
         let (events, receiver) = async_channel::bounded(s.event_channel_max);
-        let submission =
-            Submission { request: request.0, events, submitted: Instant::now(), random_seed: random_seed() };
+        let submission = Submission {
+            request: request.0,
+            events,
+            submitted: Instant::now(),
+            random_seed: random_seed(),
+            observer,
+        };
         if s.commands.send(Command::Submit(Box::new(submission))).is_err() {
             s.counters.requests_open.fetch_sub(1, Ordering::AcqRel);
             return Err(SubmitError::Stopped);

@@ -8,6 +8,7 @@
 mod blocks;
 mod choice;
 mod handle;
+mod observer;
 mod request;
 mod sampler;
 pub mod scheduler;
@@ -16,6 +17,7 @@ mod step;
 
 pub use blocks::BlockPool;
 pub use handle::{Engine, EngineHandle, EngineOptions, SubmitError, Ticket};
+pub use observer::{Ended, Ending, Observer};
 pub use request::{
     EngineLimits, Event, FinishReason, Request, RequestError, Sampling, TokenInfo, Usage, ValidRequest,
 };

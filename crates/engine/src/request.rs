@@ -123,6 +123,13 @@ pub struct RequestError {
 /// A request that is valid by construction: every id and every size is within the engine's limits.
 pub struct ValidRequest(pub(crate) Request);
 
+impl ValidRequest {
+    /// Most tokens that the request can take: its prompt and all of its answers at their longest.
+    pub fn tokens_max(&self) -> usize {
+        self.0.prompt.len() + self.0.n * self.0.max_tokens.unwrap_or(0)
+    }
+}
+
 impl Request {
     /// Checks the request against an engine's limits.
     ///

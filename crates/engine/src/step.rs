@@ -12,7 +12,7 @@ use oxseek_model::{Batch, LanguageModel};
 use oxseek_text::Tokenizer;
 
 use crate::{
-    EngineOptions, Event, Request, Sampler, Usage,
+    Ended, Ending, EngineOptions, Event, Observer, Request, Sampler, Usage,
     choice::Choice,
     handle::{Command, Submission},
     scheduler::{Scheduler, SchedulerLimits, SequenceId},
@@ -49,6 +49,9 @@ struct Open {
     submitted: Instant,
     admitted: Option<Instant>,
     first_token: Option<Instant>,
+    /// The last step that gave it a token.
+    last_token: Option<Instant>,
+    observer: Option<Box<dyn Observer>>,
 }
 
 /// Events on their way to a reader that may be slow.
@@ -137,7 +140,7 @@ impl Worker {
     }
 
     fn accept(&mut self, submission: Submission) {
-        let Submission { mut request, events, submitted, random_seed } = submission;
+        let Submission { mut request, events, submitted, random_seed, observer } = submission;
         let prompt_tokens = request.prompt.len();
         add(&self.counters.prompt_tokens, prompt_tokens as u64);
         let request_id = self.next_id;
@@ -158,8 +161,17 @@ impl Worker {
             request.prompt.truncate(0);
         }
         let outbox = Outbox { channel: events, backlog: VecDeque::new(), blocked_since: None };
-        let open =
-            Open { request, prompt_tokens, choices, outbox, submitted, admitted: None, first_token: None };
+        let open = Open {
+            request,
+            prompt_tokens,
+            choices,
+            outbox,
+            submitted,
+            admitted: None,
+            first_token: None,
+            last_token: None,
+            observer,
+        };
         self.open.insert(request_id, open);
     }
 
@@ -169,6 +181,7 @@ impl Worker {
             self.open.iter().filter(|(_, o)| o.outbox.channel.is_closed()).map(|(&id, _)| id).collect();
         for id in left {
             add(&self.counters.cancelled, 1);
+            self.end(id, Ended::Cancelled);
             self.close(id);
         }
     }
@@ -192,6 +205,7 @@ impl Worker {
         }
         for id in cut {
             add(&self.counters.failed, 1);
+            self.end(id, Ended::Cut);
             self.close(id);
         }
         ended.into_iter().for_each(|id| self.close(id));
@@ -268,6 +282,9 @@ impl Worker {
         } else if let Some(at) = open.choices.iter().position(|c| c.sequence == sequence) {
             self.commit_token(request_id, at, row)?;
         }
+        if let Some(open) = self.open.get_mut(&request_id) {
+            open.note_token(now);
+        }
         self.end_if_done(request_id, now);
         Ok(())
     }
@@ -294,6 +311,7 @@ impl Worker {
         if choice.done {
             self.scheduler.finish(choice.sequence);
         }
+        open.note_done(&events);
         open.outbox.backlog.extend(events);
         Ok(())
     }
@@ -305,6 +323,7 @@ impl Worker {
         if done {
             add(&self.counters.finished, 1);
             let usage = open.usage(now);
+            open.end(Ended::Finished, now);
             open.outbox.backlog.push_back(Event::Finished { usage });
         }
         open.outbox.flush(now);
@@ -327,12 +346,20 @@ impl Worker {
     }
 
     fn fail(&mut self, request_id: u64, message: String) {
+        self.end(request_id, Ended::Failed);
         if let Some(open) = self.open.get_mut(&request_id) {
             add(&self.counters.failed, 1);
             // A reader that is behind sees its stream end without the last event.
             let _ = open.outbox.channel.try_send(Event::Failed { message });
         }
         self.close(request_id);
+    }
+
+    /// Tells a request's observer how it ended.
+    fn end(&mut self, request_id: u64, how: Ended) {
+        if let Some(open) = self.open.get_mut(&request_id) {
+            open.end(how, Instant::now());
+        }
     }
 
     /// Forgets a request and frees what it held.
@@ -354,6 +381,33 @@ impl Worker {
 }
 
 impl Open {
+    fn note_token(&mut self, now: Instant) {
+        let last = self.last_token.replace(now);
+        if let (Some(observer), Some(last)) = (&mut self.observer, last.filter(|&last| last < now)) {
+            observer.token(now - last);
+        }
+    }
+
+    fn note_done(&mut self, events: &[Event]) {
+        let Some(observer) = &mut self.observer else { return };
+        for event in events {
+            if let Event::Done { reason, .. } = event {
+                observer.done(*reason);
+            }
+        }
+    }
+
+    /// Tells the observer, once.
+    fn end(&mut self, how: Ended, now: Instant) {
+        let Some(mut observer) = self.observer.take() else { return };
+        let mut usage = self.usage(now);
+        if self.admitted.is_none() {
+            usage.prompt_tokens = 0;
+        }
+        let queued = self.admitted.unwrap_or(now) - self.submitted;
+        observer.ended(&Ending { how, usage, queued });
+    }
+
     fn usage(&self, now: Instant) -> Usage {
         let admitted = self.admitted.unwrap_or(now);
         let first = self.first_token.unwrap_or(now);
