@@ -6,9 +6,7 @@ mod common;
 use std::{sync::Arc, time::Duration};
 
 use common::{ask, assert_empty, expected, greedy, prompt, read, start, start_slow, submit};
-use oxseek_engine::{
-    Allowed, Constraint, Event, FinishReason, Grammar, Request, Sampling, TokenMask,
-};
+use oxseek_engine::{Allowed, Constraint, Event, FinishReason, Grammar, Request, Sampling, TokenMask};
 
 /// Lets an answer consist of the tokens of a list, in order, and then end; the list says what goes wrong where.
 #[derive(Clone)]

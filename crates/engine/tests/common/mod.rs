@@ -43,7 +43,13 @@ impl Fake {
             step_rows_max: 64,
             logit_rows_max: 8 + 4,
         };
-        Self { limits, cache: vec![[0; BLOCK_TOKENS]; cache_blocks], step, rows: Arc::default(), fatal: false }
+        Self {
+            limits,
+            cache: vec![[0; BLOCK_TOKENS]; cache_blocks],
+            step,
+            rows: Arc::default(),
+            fatal: false,
+        }
     }
 
     fn row(&self, blocks: &[u32], length: usize, out: &mut [f32]) {
