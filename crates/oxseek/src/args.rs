@@ -48,6 +48,10 @@ pub struct ModelArgs {
     /// file (of a model in parts any one)
     #[arg(short, long, env = "OXSEEK_MODEL", value_name = "PATH")]
     pub model: Option<PathBuf>,
+    /// Where it runs: cpu, cuda (an NVIDIA GPU), cuda:N (the GPU with that number); auto takes a GPU
+    /// that holds the model, else the CPU
+    #[arg(long, env = "OXSEEK_DEVICE", default_value = "auto", value_name = "DEVICE")]
+    pub device: DeviceArg,
     /// Threads that compute; default: the cores this process may use
     #[arg(short, long, env = "OXSEEK_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -68,6 +72,31 @@ pub struct ModelArgs {
     /// are chosen (disk); auto takes disk when memory is short
     #[arg(long, env = "OXSEEK_EXPERTS", value_enum, default_value_t = ExpertsArg::Auto)]
     pub experts: ExpertsArg,
+}
+
+/// Where a model runs, on the command line.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum DeviceArg {
+    /// A GPU that holds the model, else the CPU.
+    #[default]
+    Auto,
+    Cpu,
+    /// The CUDA device with this number.
+    Cuda(u16),
+}
+
+impl std::str::FromStr for DeviceArg {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let wrong = || format!("{s:?} is no device: auto, cpu, cuda or cuda:N");
+        match s {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            _ => s.strip_prefix("cuda:").and_then(|n| n.parse().ok()).map(Self::Cuda).ok_or_else(wrong),
+        }
+    }
 }
 
 /// Where routed experts are, on the command line.
@@ -241,9 +270,16 @@ pub struct BenchArgs {
     #[arg(short, long, default_value = "0", value_delimiter = ',')]
     #[arg(value_parser = clap::value_parser!(u32).range(0..=1_048_576))]
     pub depth: Vec<u32>,
+    /// Most rows of one step of a prompt
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u16).range(1..=16384))]
+    pub step_rows: u16,
     /// Show where the time went, op by op
     #[arg(long)]
     pub profile: bool,
+    /// Take the model out of the system's file cache first, so that the start reads it from disk, and
+    /// measure how fast the disk is
+    #[arg(long)]
+    pub cold: bool,
     /// Measure only what this machine can do, reading and multiplying; no model is loaded
     #[arg(long)]
     pub limit: bool,
@@ -322,7 +358,30 @@ pub struct SelftestArgs {
     #[cfg(feature = "demo")]
     #[arg(long)]
     pub formats: bool,
+    /// What is checked: cpu, cuda or cuda:N; auto checks the CPU
+    #[arg(long, env = "OXSEEK_DEVICE", default_value = "auto", value_name = "DEVICE")]
+    pub device: DeviceArg,
     /// Threads that compute; default: 1, 2 and 8
     #[arg(short, long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Vec<u16>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_named_or_refused() {
+        for (text, device) in [
+            ("auto", DeviceArg::Auto),
+            ("cpu", DeviceArg::Cpu),
+            ("cuda", DeviceArg::Cuda(0)),
+            ("cuda:3", DeviceArg::Cuda(3)),
+        ] {
+            assert_eq!(text.parse(), Ok(device));
+        }
+        for text in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:70000", "CUDA"] {
+            assert!(text.parse::<DeviceArg>().is_err_and(|e| e.contains("is no device")), "{text}");
+        }
+    }
 }

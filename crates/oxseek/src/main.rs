@@ -7,6 +7,7 @@ mod chat;
 mod conversation;
 #[cfg(feature = "demo")]
 mod demo;
+mod device;
 mod failure;
 #[cfg(feature = "demo")]
 mod format_table;
@@ -14,6 +15,7 @@ mod formats;
 mod inspect;
 mod memory;
 mod open;
+mod pieces;
 mod plan;
 mod progress;
 mod quantize;

@@ -12,6 +12,7 @@ use oxseek_weights::{Checkpoint, Gguf, gguf::Value};
 
 use crate::{
     args::ModelArgs,
+    device::chosen_backend,
     failure::Failure,
     plan::{need::Experts, place_experts},
     wording::Wording,
@@ -137,16 +138,17 @@ pub fn start_engine(
     parallel: usize,
     queue: usize,
 ) -> Result<Opened, Failure> {
-    let broken = |e: &dyn std::fmt::Display| Failure::Model(e.to_string());
-    let Wording { tokenizer, template, sampling } = Wording::of(checkpoint)?;
-    let c = checkpoint.config();
     let context = context_tokens(args, checkpoint)?;
     let options = load_options(context, parallel, args.cache_format());
-    let backend = placed_backend(args, checkpoint, &options)?;
-    let bar = LoadBar::new();
-    let model = DeepSeek::load(checkpoint, Box::new(backend), options, &mut |done, of| bar.show(done, of))
-        .map_err(|e| broken(&e))?;
-    bar.finish();
+    // Reading the vocabulary takes about as long as loading the weights, so a thread of its own does it.
+    let (wording, model) = std::thread::scope(|scope| {
+        let wording = scope.spawn(|| Wording::of(checkpoint));
+        let model = load_model(checkpoint, args, options);
+        let died = || Failure::Run("reading the vocabulary failed".into());
+        (wording.join().unwrap_or_else(|_| Err(died())), model)
+    });
+    let Wording { tokenizer, template, sampling } = wording?;
+    let (model, c) = (model?, checkpoint.config());
     let text_of = |id: Option<u32>| id.map(|id| tokenizer.decode(&[id])).unwrap_or_default();
     let bos = text_of(c.bos_token_id.or(tokenizer.bos_id()));
     let eos = text_of(c.eos_token_ids.first().copied().or(tokenizer.eos_id()));
@@ -167,6 +169,15 @@ pub fn start_engine(
         eos,
         sampling,
     })
+}
+
+fn load_model(checkpoint: &Checkpoint, args: &ModelArgs, options: LoadOptions) -> Result<DeepSeek, Failure> {
+    let backend = chosen_backend(args, checkpoint, &options)?;
+    let bar = LoadBar::new();
+    let model = DeepSeek::load(checkpoint, backend, options, &mut |done, of| bar.show(done, of))
+        .map_err(|e| Failure::Model(e.to_string()))?;
+    bar.finish();
+    Ok(model)
 }
 
 /// A progress bar that appears only when loading takes long enough to wonder.

@@ -19,8 +19,8 @@ use crate::{
     health::health,
     limits::{CONNECTIONS_MAX, DRAIN_SECONDS_MAX, HEADER_BYTES_MAX, HEADER_SECONDS_MAX},
     metrics::metrics,
-    openai::{chat::chat_completions, completions::completions, models},
-    page::page,
+    openai::{capabilities::capabilities, chat::chat_completions, completions::completions, models},
+    page::{page, part},
     state::AppState,
 };
 
@@ -73,8 +73,10 @@ pub async fn serve(
 fn router(state: AppState) -> Router {
     Router::new()
         .route("/", get(page))
+        .route("/web/{name}", get(part))
         .route("/health", get(health))
         .route("/metrics", get(metrics))
+        .route("/v1/capabilities", get(capabilities))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{id}", get(models::retrieve))
         .route("/v1/chat/completions", post(chat_completions))

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod app;
+mod dialect;
 mod error;
 mod health;
 pub mod limits;
@@ -16,4 +17,5 @@ mod page;
 mod state;
 
 pub use app::serve;
+pub use dialect::Dialect;
 pub use state::{AppState, Model};

@@ -2,8 +2,14 @@
 
 mod answer;
 mod body;
+pub(crate) mod capabilities;
 pub(crate) mod chat;
 pub(crate) mod completions;
+pub(crate) mod constraint;
 mod fields;
+mod formats;
+pub(crate) mod messages;
 pub(crate) mod models;
 mod parameters;
+mod thinking;
+pub(crate) mod tools;

@@ -91,6 +91,27 @@ fn a_stream_is_framed_as_openai_frames_it() {
 }
 
 #[test]
+fn a_long_prompt_tells_how_far_it_is_where_asked() {
+    let (server, _engine) = Server::ready(2, 2);
+    let ask = |progress: bool| {
+        let body = json!({
+            "messages": [{"role": "user", "content": "cat ".repeat(300)}], "max_tokens": 1, "stream": true,
+            "stream_options": {"include_usage": true}, "return_progress": progress,
+        });
+        events(&server.post(CHAT, body.to_string().as_bytes()).body)
+    };
+    let events = ask(true);
+    let read: Vec<&Value> = events.iter().map(|e| &e["prompt_progress"]).filter(|p| !p.is_null()).collect();
+    let total = events.last().unwrap()["usage"]["prompt_tokens"].as_u64().unwrap();
+    let done: Vec<u64> = read.iter().map(|p| p["processed"].as_u64().unwrap()).collect();
+    assert!(done.len() > 2 && done.is_sorted() && done.iter().all(|d| *d < total), "{done:?} of {total}");
+    assert!(read.iter().all(|p| p["total"] == total && p["cache"] == 0), "{read:?}");
+    assert!(ask(false).iter().all(|e| e["prompt_progress"].is_null()));
+    let whole = json!({"messages": [{"role": "user", "content": "Hi"}], "return_progress": true});
+    assert_eq!(server.post(CHAT, whole.to_string().as_bytes()).status, 400);
+}
+
+#[test]
 fn streams_side_by_side_are_what_each_is_alone() {
     let (server, engine) = Server::ready(8, 0);
     let about =

@@ -20,6 +20,9 @@ use crate::{
 /// Tasks per thread of the first fork: enough that the last ones end together.
 const TASKS_PER_THREAD: usize = 16;
 
+/// Products of `gate`, and as many of `up`, that a task makes at a time: they stay in its L2 cache until they are used.
+const GATED_VALUES_TOGETHER: usize = 16 << 10;
+
 /// One MLP and the tokens that go through it.
 struct Group {
     gate: MatrixRef,
@@ -122,7 +125,7 @@ impl CpuBackend {
             return Err(shape_error(op, "expert id below", experts.len(), *e as usize));
         }
         // Weights that may not have been read yet: the disk reads all chosen experts while the first are computed.
-        let in_files = self.experts_on_disk || self.packer.is_open();
+        let in_files = self.experts_on_disk;
         for (id, e) in experts.iter().enumerate() {
             let from = f.tokens.len();
             for (slot, &chosen) in routing.ids[..slots].iter().enumerate() {
@@ -192,7 +195,8 @@ impl CpuBackend {
         f.first_task.clear();
         let mut tasks = 0;
         for g in &mut f.groups {
-            let rows = g.inner * task_work / g.work().max(1);
+            let rows =
+                (g.inner * task_work / g.work().max(1)).min(GATED_VALUES_TOGETHER / (g.to - g.from).max(1));
             g.chunk = rows.next_multiple_of(RUN).min(g.inner.next_multiple_of(RUN)).max(RUN);
             f.first_task.push(tasks);
             tasks += g.inner.div_ceil(g.chunk);
@@ -216,7 +220,11 @@ impl CpuBackend {
             let scratch = unsafe { scratch.of(thread) };
             let room = if slots > 1 { TILE_TOKENS_MAX * Rounding::Bf16.row_words(n) } else { 0 };
             let (panel, [gated, up, rows, ..]) = scratch.split([slots * n, slots * n, room, 0, 0, 0]);
-            for (w, y) in [(g.gate, &mut *gated), (g.up, &mut *up)] {
+            // The next task, most likely this thread's own.
+            let next = &groups[if to < g.inner { group } else { (group + 1) % groups.len() }];
+            let next = next.gate.place(if to < g.inner { to } else { 0 });
+            let steps = [(g.gate, &mut *gated, g.up.place(from)), (g.up, &mut *up, next)];
+            for (w, y, then) in steps {
                 let product = Product {
                     rows: from..to,
                     x: x.of(g, tokens),
@@ -225,6 +233,7 @@ impl CpuBackend {
                     out_stride: n,
                     out_rows: &identity[..slots],
                     output: Output::Store,
+                    then,
                 };
                 // SAFETY: tokens are rows of x; the outputs are this thread's.
                 unsafe { w.multiply(kernels, &product, panel) };
@@ -271,8 +280,12 @@ impl CpuBackend {
             let from = task * chunk;
             // SAFETY: the pool gave this thread its number.
             let panel = unsafe { &mut scratch.of(thread).panel };
-            for g in groups {
+            for (i, g) in groups.iter().enumerate() {
                 let rounded = rounded.map(|r| Some(r.from(g.from)));
+                let then = match groups.get(i + 1) {
+                    Some(next) => next.down.place(from),
+                    None => groups[0].down.place((from + chunk).min(width - 1)),
+                };
                 let product = Product {
                     rows: from..width.min(from + chunk),
                     x: Inputs { exact: inner.get(), stride, rounded },
@@ -281,6 +294,7 @@ impl CpuBackend {
                     out_stride: width,
                     out_rows: &tokens[g.from..g.to],
                     output: Output::AddScaled(&weights[g.from..g.to]),
+                    then,
                 };
                 // SAFETY: slots are rows of `inner`, tokens rows of `out`; tasks write disjoint columns.
                 unsafe { g.down.multiply(kernels, &product, panel) };

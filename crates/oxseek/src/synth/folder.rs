@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{BufWriter, Write as _},
+    io::Write as _,
     path::Path,
 };
 
@@ -10,7 +10,7 @@ use oxseek_tensor::DType;
 use serde_json::{Map, Value, json};
 
 use super::{Recipe, Synth, vocabulary::Words};
-use crate::{failure::Failure, formats::label};
+use crate::{failure::Failure, formats::label, pieces::Pieces};
 
 /// Largest shard, as on the hub.
 const SHARD_BYTES_MAX: u64 = 5_000_000_000;
@@ -147,7 +147,7 @@ fn write_shard(synth: &mut Synth, tensors: &[Tensor], path: &Path) -> Result<(),
     }
     let mut header = Value::Object(header).to_string().into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');
-    let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    let mut file = Pieces::new(File::create(path)?);
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(&header)?;
     for t in tensors {
