@@ -6,7 +6,7 @@ import { Server } from './server.js';
 import { fillForm, kept, readForm, toolsOf } from './settings.js';
 import { Sidebar } from './sidebar.js';
 
-const SUGGESTIONS = ['Tell me a story about a fox who finds a lantern.', 'Why is the sky blue?', 'Hello! What can you do?'];
+const SUGGESTIONS = ['Tell me a story about a fox.', 'Why is the sky blue?', 'Hello! What can you do?'];
 const THEMES = { auto: 'Colours as the system', light: 'Light colours', dark: 'Dark colours' };
 const KEY_WANTED = 'This server asks for a key.';
 const SAVE_EVERY_MS = 2000;
@@ -74,7 +74,7 @@ function send(content) {
 
 const titleOf = (content) => {
   const line = content.split('\n', 1)[0];
-  return line.length > 60 ? `${line.slice(0, 57).trimEnd()}…` : line;
+  return line.length > 60 ? `${line.slice(0, 57).replace(/[\s.,;:!?]+$/, '')}…` : line;
 };
 
 function edit(at, content) {
