@@ -18,6 +18,7 @@ mod step;
 pub use blocks::BlockPool;
 pub use handle::{Engine, EngineHandle, EngineOptions, SubmitError, Ticket};
 pub use observer::{Ended, Ending, Observer};
+pub use oxseek_model::kv::BLOCK_TOKENS;
 pub use request::{
     EngineLimits, Event, FinishReason, Request, RequestError, Sampling, TokenInfo, Usage, ValidRequest,
 };

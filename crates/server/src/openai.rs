@@ -4,6 +4,7 @@ mod answer;
 mod body;
 pub(crate) mod chat;
 pub(crate) mod completions;
+mod depth;
 mod fields;
 pub(crate) mod models;
 mod parameters;

@@ -14,6 +14,7 @@ use super::{
     parameters::{Streaming, check_model, either, generation, neutral, streaming},
 };
 use crate::{
+    caller::Caller,
     error::ApiError,
     limits::MESSAGES_MAX,
     state::{AppState, Model},
@@ -22,6 +23,7 @@ use crate::{
 /// Answers a conversation.
 pub(crate) async fn chat_completions(
     State(state): State<AppState>,
+    caller: Caller,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
@@ -31,7 +33,7 @@ pub(crate) async fn chat_completions(
         let model = Arc::clone(&model);
         state.prepare(move || prepare(&model, &body)).await?
     };
-    let ticket = model.engine.submit(prepared.request)?;
+    let ticket = caller.submit(&model, prepared.request)?;
     let form = Form::Chat { thinking: prepared.thinking };
     let answer = Answer::new(form, model.name.clone(), vec![ticket], prepared.n, prepared.logprobs);
     answer.respond(prepared.streaming).await
