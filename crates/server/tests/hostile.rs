@@ -195,7 +195,7 @@ fn bound(name: &'static str, most: usize, body: impl Fn(usize) -> String + 'stat
     Bound { name, most, body: Box::new(body) }
 }
 
-fn list<T: serde::Serialize>(item: T, count: usize) -> String {
+fn list<T: serde::Serialize + Clone>(item: T, count: usize) -> String {
     serde_json::to_string(&vec![item; count]).unwrap()
 }
 

@@ -109,7 +109,7 @@ impl Answer {
                         return Some(Ok(vec![Piece::Text { choice, parts, tokens }]));
                     }
                 }
-                Some(Event::Done { choice, reason }) => {
+                Some(Event::Done { choice, reason, .. }) => {
                     let choice = prompt * self.n + choice;
                     let mut pieces = Vec::new();
                     if let Some(rest) = self.choices[choice].reasoning.finish() {
