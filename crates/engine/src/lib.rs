@@ -11,11 +11,13 @@ mod constraint;
 mod handle;
 mod masks;
 mod observer;
+mod open;
 mod request;
 mod sampler;
 pub mod scheduler;
 mod stats;
 mod step;
+mod tenants;
 
 pub use blocks::BlockPool;
 pub use constraint::{Allowed, Constraint, Grammar, TokenMask};
@@ -27,4 +29,4 @@ pub use request::{
     ValidRequest,
 };
 pub use sampler::{Bans, Gate, SampleError, Sampled, Sampler};
-pub use stats::Stats;
+pub use stats::{EngineState, Stats};

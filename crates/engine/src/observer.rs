@@ -22,8 +22,6 @@ pub struct Ending {
     pub how: Ended,
     /// Tokens that were computed, and times. A request that was never admitted has no prompt tokens.
     pub usage: Usage,
-    /// Time between submission and admission; until the end for one that was never admitted.
-    pub queued: Duration,
 }
 
 /// How a request ended.

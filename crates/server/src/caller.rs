@@ -50,9 +50,11 @@ impl Caller {
     pub(crate) fn submit(&self, model: &Model, request: ValidRequest) -> Result<Ticket, ApiError> {
         let reserved = self.reserve(request.tokens_max() as u64)?;
         let tab = Tab { reserved, caller: self.clone() };
+        // Without keys everybody is the same tenant.
+        let request = request.on_behalf_of(self.key().map_or(0, |k| k.tenant));
         let account = Account { tab, began: Instant::now(), reasons: Vec::new() };
         model.engine.submit_observed(request, Box::new(account)).map_err(|e| {
-            let busy = matches!(e, SubmitError::Busy);
+            let busy = matches!(e, SubmitError::Busy | SubmitError::TenantBusy);
             self.0.metrics.refused(if busy { Refusal::Queue } else { Refusal::Stopped });
             e.into()
         })
@@ -130,7 +132,7 @@ impl Observer for Account {
                 .number("prompt_tokens", usage.prompt_tokens as f64)
                 .number("completion_tokens", usage.completion_tokens as f64)
                 .number("cached_tokens", usage.cached_tokens as f64)
-                .number("queue_ms", millis(ending.queued))
+                .number("queue_ms", millis(usage.queue))
                 .number("ttft_ms", millis(usage.ttft))
                 .number("total_ms", millis(self.began.elapsed()))
         });

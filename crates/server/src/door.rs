@@ -50,7 +50,9 @@ enum Access {
 }
 
 /// Routes that need no key. Whatever is not in this list needs one.
-const OPEN: [&str; 4] = ["/", "/health", "/health/live", "/health/ready"];
+const OPEN: [&str; 6] = ["/", "/docs", "/openapi.json", "/health", "/health/live", "/health/ready"];
+/// Files of the chat page.
+const PAGE_FILES: &str = "/web/";
 const ADMIN: [&str; 1] = ["/metrics"];
 
 /// Lets a request in, or answers it at once.
@@ -132,7 +134,7 @@ fn admit(state: &AppState, request: &Request, route: Option<&str>) -> Result<Opt
 
 fn access(route: Option<&str>) -> Access {
     match route {
-        Some(route) if OPEN.contains(&route) => Access::Open,
+        Some(route) if OPEN.contains(&route) || route.starts_with(PAGE_FILES) => Access::Open,
         Some(route) if ADMIN.contains(&route) => Access::Admin,
         _ => Access::User,
     }

@@ -92,6 +92,12 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "the engine has stopped")
     }
 
+    /// A step takes longer than it ever should.
+    pub(crate) fn stuck() -> Self {
+        let message = "the engine is stuck in a step";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", message)
+    }
+
     pub(crate) fn draining() -> Self {
         let message = "the server is stopping and takes no more requests";
         let e = Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", message);
@@ -177,7 +183,7 @@ impl From<RequestError> for ApiError {
 impl From<SubmitError> for ApiError {
     fn from(e: SubmitError) -> Self {
         match e {
-            SubmitError::Busy => {
+            SubmitError::Busy | SubmitError::TenantBusy => {
                 let e = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", e.to_string());
                 Self { code: Some("queue_full"), retry_after: Some(1), ..e }
             }

@@ -167,6 +167,8 @@ pub fn check_name(name: &str) -> Result<(), String> {
 pub(crate) struct Key {
     pub(crate) name: String,
     pub(crate) role: Role,
+    /// Tells the key's requests from others'; never 0.
+    pub(crate) tenant: u64,
     pub(crate) book: Arc<Book>,
     hash: KeyHash,
 }
@@ -187,7 +189,8 @@ impl Keyring {
                 let book = old.get(r.name.as_str()).map(|k| Arc::clone(&k.book));
                 let book = book.unwrap_or_else(|| Arc::new(Book::new(r.limits)));
                 book.set_limits(r.limits);
-                Arc::new(Key { name: r.name, role: r.role, book, hash: r.hash })
+                let tenant = u64::from_le_bytes(r.hash.0.first_chunk().copied().unwrap_or_default()).max(1);
+                Arc::new(Key { name: r.name, role: r.role, tenant, book, hash: r.hash })
             })
             .collect();
         Self { keys }

@@ -79,8 +79,6 @@ pub(crate) struct Metrics {
     http: Histogram,
     reasons: [AtomicU64; REASONS.len()],
     refusals: [AtomicU64; REFUSALS.len()],
-    prefix_queries: AtomicU64,
-    prefix_hits: AtomicU64,
     panics: AtomicU64,
     connections: AtomicU64,
     /// Requests by method, route and status; all three come from short lists.
@@ -102,8 +100,6 @@ impl Default for Metrics {
             http: Histogram::new(HTTP),
             reasons: Default::default(),
             refusals: Default::default(),
-            prefix_queries: AtomicU64::new(0),
-            prefix_hits: AtomicU64::new(0),
             panics: AtomicU64::new(0),
             connections: AtomicU64::new(0),
             requests: Mutex::default(),
@@ -149,8 +145,6 @@ impl Metrics {
     /// The engine ended a request; `reasons` are those of its answers.
     pub(crate) fn ended(&self, ending: &Ending, reasons: &[FinishReason], total: Duration) {
         let usage = &ending.usage;
-        self.prefix_queries.fetch_add(usage.prompt_tokens as u64, Relaxed);
-        self.prefix_hits.fetch_add(usage.cached_tokens as u64, Relaxed);
         let at = match ending.how {
             Ended::Finished => None,
             Ended::Cancelled => Some(2),
@@ -166,7 +160,7 @@ impl Metrics {
         }
         self.first_token.add(usage.ttft.as_secs_f64());
         self.total.add(total.as_secs_f64());
-        self.queue.add(ending.queued.as_secs_f64());
+        self.queue.add(usage.queue.as_secs_f64());
         self.prefill.add(usage.prefill.as_secs_f64());
         self.decode.add(usage.decode.as_secs_f64());
         self.prompt_tokens.add(usage.prompt_tokens as f64);
@@ -210,14 +204,29 @@ pub(crate) async fn metrics(State(state): State<AppState>) -> Result<impl IntoRe
 
 fn engine_rows(s: &Stats, labels: &str, out: &mut String) {
     let seconds = |micros: u64| micros as f64 / 1e6;
-    let waiting = s.sequences_waiting.min(s.requests_open);
+    let waiting = s.requests_open.saturating_sub(s.requests_running);
     let used = if s.blocks_total == 0 { 0.0 } else { s.blocks_used as f64 / s.blocks_total as f64 };
-    let rows: [(&str, &str, &str, f64); 13] = [
-        ("vllm:num_requests_running", "gauge", "Requests in the cache", (s.requests_open - waiting) as f64),
+    let rows: [(&str, &str, &str, f64); 18] = [
+        ("vllm:num_requests_running", "gauge", "Requests in the cache", s.requests_running as f64),
         ("vllm:num_requests_waiting", "gauge", "Requests that wait for a place", waiting as f64),
         ("vllm:kv_cache_usage_perc", "gauge", "Used part of the cache, from 0 to 1", used),
         ("vllm:prompt_tokens_total", "counter", "Prompt tokens of accepted requests", s.prompt_tokens as f64),
         ("vllm:generation_tokens_total", "counter", "Tokens that were generated", s.generated_tokens as f64),
+        (
+            "vllm:prefix_cache_queries_total",
+            "counter",
+            "Prompt tokens looked for in the cache",
+            s.prefix_tokens_asked as f64,
+        ),
+        (
+            "vllm:prefix_cache_hits_total",
+            "counter",
+            "Prompt tokens found in the cache",
+            s.prefix_tokens_found as f64,
+        ),
+        ("vllm:num_preemptions_total", "counter", "Sequences that lost their blocks", s.preempted as f64),
+        ("oxseek_cache_blocks_kept", "gauge", "Free cache blocks kept for later", s.blocks_kept as f64),
+        ("oxseek_steps_failed_total", "counter", "Steps whose forward failed", s.steps_failed as f64),
         ("oxseek_cache_blocks_used", "gauge", "Cache blocks in use", s.blocks_used as f64),
         ("oxseek_steps_total", "counter", "Steps that ran", s.steps as f64),
         ("oxseek_step_seconds_total", "counter", "Time spent in steps", seconds(s.step_micros)),
@@ -246,14 +255,8 @@ fn engine_rows(s: &Stats, labels: &str, out: &mut String) {
 
 fn server_rows(state: &AppState, labels: &str, out: &mut String) {
     let m = state.metrics();
-    for (name, value, help) in [
-        ("vllm:prefix_cache_queries_total", &m.prefix_queries, "Prompt tokens looked up in the cache"),
-        ("vllm:prefix_cache_hits_total", &m.prefix_hits, "Prompt tokens found in the cache"),
-        ("oxseek_panics_total", &m.panics, "Handlers that panicked"),
-    ] {
-        head(name, "counter", help, out);
-        let _ = writeln!(out, "{name}{{{labels}}} {}", value.load(Relaxed));
-    }
+    head("oxseek_panics_total", "counter", "Handlers that panicked", out);
+    let _ = writeln!(out, "oxseek_panics_total{{{labels}}} {}", m.panics.load(Relaxed));
     head("oxseek_connections", "gauge", "Open connections", out);
     let _ = writeln!(out, "oxseek_connections {}", m.connections.load(Relaxed));
     head("oxseek_log_lines_dropped_total", "counter", "Lines of the log that found no place", out);

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use oxseek_engine::{EngineHandle, Sampling};
+use oxseek_engine::{EngineHandle, EngineState, Sampling};
 use oxseek_text::ChatTemplate;
 use tokio::sync::{Semaphore, watch};
 
@@ -122,25 +122,21 @@ impl AppState {
         *keyring = Arc::new(Keyring::new(records, &keyring));
     }
 
-    /// Whether the server answers requests: the model is there, its engine lives, and nobody told it to stop.
-    pub fn is_ready(&self) -> bool {
-        self.model().is_ok() && !self.is_draining()
-    }
-
-    /// The model, once it is there and its engine lives.
+    /// The model, once it is there and its engine works.
     pub(crate) fn model(&self) -> Result<Arc<Model>, ApiError> {
         let model = self.0.model.get().cloned().ok_or(ApiError::loading())?;
-        if model.engine.is_alive() { Ok(model) } else { Err(ApiError::stopped()) }
+        match model.engine.state() {
+            EngineState::Ready => Ok(model),
+            EngineState::Stuck => Err(ApiError::stuck()),
+            EngineState::Draining | EngineState::Dead | EngineState::Stopped => Err(ApiError::stopped()),
+        }
     }
 
     /// Whether a restart would not help: true while the model loads and while the server stops.
     pub fn is_live(&self) -> bool {
-        !self.is_dead() || self.is_draining()
-    }
-
-    /// Whether the engine has died; false while the model loads.
-    pub(crate) fn is_dead(&self) -> bool {
-        self.0.model.get().is_some_and(|m| !m.engine.is_alive())
+        let state = self.0.model.get().map(|m| m.engine.state());
+        !matches!(state, Some(EngineState::Stuck | EngineState::Dead | EngineState::Stopped))
+            || self.is_draining()
     }
 
     /// When the server began, in seconds since 1970.
