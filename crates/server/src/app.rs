@@ -31,7 +31,7 @@ use crate::{
     limits::{FLUSH_SECONDS_MAX, HEADER_BYTES_MAX, HEADERS_MAX},
     metrics::metrics,
     openai::{chat::chat_completions, completions::completions, models},
-    page::page,
+    page::{page, part},
     patience::Patient,
     state::AppState,
 };
@@ -136,6 +136,7 @@ where
 fn router(state: AppState) -> Router {
     Router::new()
         .route("/", get(page))
+        .route("/web/{name}", get(part))
         .route("/health", get(health::ready))
         .route("/health/live", get(health::live))
         .route("/health/ready", get(health::ready))
