@@ -8,6 +8,7 @@
 
 mod app;
 mod caller;
+mod dialect;
 mod door;
 mod error;
 mod health;
@@ -25,6 +26,7 @@ mod state;
 mod tls;
 
 pub use app::serve;
+pub use dialect::Dialect;
 pub use keys::{KeyHash, KeyRecord, Keyring, Role, check_name, new_key};
 pub use logs::{LogFormat, Logger};
 pub use origin::Origins;

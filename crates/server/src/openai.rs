@@ -6,5 +6,8 @@ pub(crate) mod chat;
 pub(crate) mod completions;
 mod depth;
 mod fields;
+pub(crate) mod messages;
 pub(crate) mod models;
 mod parameters;
+mod thinking;
+pub(crate) mod tools;

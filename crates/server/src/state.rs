@@ -13,6 +13,7 @@ use oxseek_text::ChatTemplate;
 use tokio::sync::{Semaphore, watch};
 
 use crate::{
+    dialect::Dialect,
     error::ApiError,
     keys::{KeyRecord, Keyring},
     limits::{CONNECTIONS_MAX, DRAIN_SECONDS_MAX, HEADER_SECONDS_MAX, PREPARE_TASKS_MAX, WRITE_SECONDS_MAX},
@@ -30,6 +31,8 @@ pub struct Model {
     pub engine: EngineHandle,
     /// How conversations become prompts; models without one only complete text.
     pub template: Option<ChatTemplate>,
+    /// How it writes its turns.
+    pub dialect: Dialect,
     /// Text of the token that begins a prompt; empty for none.
     pub bos: String,
     /// Text of the token that ends an answer.

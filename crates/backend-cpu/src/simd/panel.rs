@@ -220,12 +220,24 @@ pub(super) struct Ahead {
 
 impl Ahead {
     /// Tile `tile` of `tiles` brings its part of the `groups` at `next`, in `steps` steps.
-    fn new(next: *const u8, groups: usize, group_bytes: usize, tile: usize, tiles: usize, steps: usize) -> Self {
+    fn new(
+        next: *const u8,
+        groups: usize,
+        group_bytes: usize,
+        tile: usize,
+        tiles: usize,
+        steps: usize,
+    ) -> Self {
         if tiles < AHEAD_TILES_MIN {
             return Self { streams: tile == 0, group_bytes, next, step: 0 };
         }
         let share = groups * group_bytes / tiles;
-        Self { streams: false, group_bytes, next: next.wrapping_add(tile * share), step: share * 256 / steps.max(1) }
+        Self {
+            streams: false,
+            group_bytes,
+            next: next.wrapping_add(tile * share),
+            step: share * 256 / steps.max(1),
+        }
     }
 
     /// Asks for what step `step` is to bring.
