@@ -64,7 +64,13 @@ impl CallRules {
             };
             let _ = writeln!(lark, "tool_{i}: {call}");
         }
-        let _ = writeln!(lark, "call: {} ({}) {}", token("<｜tool▁call▁begin｜>")?, self.any(), token("<｜tool▁call▁end｜>")?);
+        let _ = writeln!(
+            lark,
+            "call: {} ({}) {}",
+            token("<｜tool▁call▁begin｜>")?,
+            self.any(),
+            token("<｜tool▁call▁end｜>")?
+        );
         let between = if fenced { r#""\n" "# } else { "" };
         let _ = writeln!(lark, "rest: call{} {}", self.more(between), token("<｜tool▁calls▁end｜>")?);
         let _ = writeln!(lark, "calls: {} rest", token("<｜tool▁calls▁begin｜>")?);
@@ -112,7 +118,7 @@ impl CallRules {
                 let end = r#""parameter>\n""#;
                 let body = if is_plain_string(value) {
                     // The bar is a token of its own, so the text before it cannot hold it.
-                    format!(r#"{} RAW "</" {bar} {end}"#, quoted(&format!("{head}true\">")))
+                    format!(r#"{} RAW {bar} {end}"#, quoted(&format!("{head}true\">")))
                 } else {
                     let mut value = value.clone();
                     for shared in ["$defs", "definitions"] {
@@ -132,9 +138,11 @@ impl CallRules {
             let head = quoted(&format!("invoke name=\"{name}\">\n"));
             let _ = writeln!(lark, r#"tool_{i}: {head}{elements} "</" {bar} "invoke>\n""#);
         }
-        let _ = writeln!(lark, r"RAW: /([^<]|<[^\/])*/");
+        // With the beginning of the closing tag: a lexeme cannot give a byte back.
+        let _ = writeln!(lark, r"RAW: /([^<]|<+[^\/<])*<+\//");
         let _ = writeln!(lark, "call: \"<\" {bar} ({})", self.any());
-        let _ = writeln!(lark, r#"rest: "function_calls>\n" call{} "</" {bar} "function_calls>""#, self.more(""));
+        let _ =
+            writeln!(lark, r#"rest: "function_calls>\n" call{} "</" {bar} "function_calls>""#, self.more(""));
         let _ = writeln!(lark, r#"calls: /(\n\n)?</ {bar} rest"#);
         Ok(lark)
     }
@@ -160,7 +168,9 @@ fn object_schema(schema: &Value) -> Value {
 fn is_plain_string(schema: &Value) -> bool {
     schema.as_object().is_some_and(|map| {
         map.get("type") == Some(&json!("string"))
-            && map.keys().all(|k| matches!(k.as_str(), "type" | "description" | "title" | "default" | "examples"))
+            && map
+                .keys()
+                .all(|k| matches!(k.as_str(), "type" | "description" | "title" | "default" | "examples"))
     })
 }
 

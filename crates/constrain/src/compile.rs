@@ -31,7 +31,8 @@ impl Grammars {
     /// [`Error::Tokenizer`]
     pub fn new(tokenizer: &Arc<Tokenizer>, end: u32) -> Result<Self, Error> {
         let bad = |e: &dyn ToString| Error::Tokenizer(e.to_string());
-        let control: Vec<u32> = tokenizer.added_tokens().filter_map(|text| tokenizer.token_id(text)).collect();
+        let control: Vec<u32> =
+            tokenizer.added_tokens().filter_map(|text| tokenizer.token_id(text)).collect();
         let mut words: Vec<Vec<u8>> =
             (0..tokenizer.vocab_len() as u32).map(|id| tokenizer.token_bytes(id).to_vec()).collect();
         for id in control {
@@ -69,7 +70,12 @@ impl Grammars {
         self.build("start: rest", None, Some(calls))
     }
 
-    fn build(&self, start: &str, answer: Option<&AnswerRule>, calls: Option<&CallRules>) -> Result<Compiled, Error> {
+    fn build(
+        &self,
+        start: &str,
+        answer: Option<&AnswerRule>,
+        calls: Option<&CallRules>,
+    ) -> Result<Compiled, Error> {
         let (mut grammars, mut bytes_left) = (Vec::new(), SCHEMA_BYTES_MAX);
         let mut lark = format!("{start}\n");
         if let Some(calls) = calls {

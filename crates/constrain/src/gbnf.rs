@@ -40,7 +40,9 @@ pub(crate) fn to_lark(text: &str) -> Result<String, Error> {
                 end + 1
             }
             c if c.is_ascii_alphabetic() => {
-                let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && !"-_".contains(c)).unwrap_or(rest.len());
+                let end = rest
+                    .find(|c: char| !c.is_ascii_alphanumeric() && !"-_".contains(c))
+                    .unwrap_or(rest.len());
                 lark += &rule_name(&rest[..end]);
                 end
             }
@@ -140,9 +142,15 @@ mod tests {
     fn rules_keep_their_meaning() {
         let gbnf = "# yes\nroot ::= answer-one | \"no\\x21\"\nanswer-one ::=\n  [a-z/]+ (\" \" .){2}\n";
         let lark = to_lark(gbnf).expect("a grammar");
-        let lines: Vec<String> =
-            lark.lines().map(|l| l.split_whitespace().collect::<Vec<_>>().join(" ")).filter(|l| !l.is_empty()).collect();
-        assert_eq!(lines, ["start : g_answer_mone | \"no\\u0021\"", "g_answer_mone : /[a-z\\/]/+ (\" \" /(?s:.)/){2}"]);
+        let lines: Vec<String> = lark
+            .lines()
+            .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
+            .filter(|l| !l.is_empty())
+            .collect();
+        assert_eq!(
+            lines,
+            ["start : g_answer_mone | \"no\\u0021\"", "g_answer_mone : /[a-z\\/]/+ (\" \" /(?s:.)/){2}"]
+        );
         assert!(to_lark("root ::= \"open").is_err() && to_lark("root ::= %").is_err());
     }
 }

@@ -19,14 +19,28 @@ fn tokenizer() -> Arc<Tokenizer> {
     });
     let vocab: serde_json::Map<String, Value> = alphabet.map(|(c, b)| (c, b.into())).collect();
     let marks = [
-        "<end>", "<think>", "</think>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>",
-        "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<|tool_calls_section_begin|>",
-        "<|tool_calls_section_end|>", "<|tool_call_begin|>", "<|tool_call_end|>",
-        "<|tool_call_argument_begin|>", "｜DSML｜",
+        "<end>",
+        "<think>",
+        "</think>",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁sep｜>",
+        "<|tool_calls_section_begin|>",
+        "<|tool_calls_section_end|>",
+        "<|tool_call_begin|>",
+        "<|tool_call_end|>",
+        "<|tool_call_argument_begin|>",
+        "｜DSML｜",
     ];
-    let added: Vec<_> =
-        marks.iter().zip(END..).map(|(m, id)| json!({"id": id, "content": m, "special": *m == "<end>"})).collect();
-    let level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
+    let added: Vec<_> = marks
+        .iter()
+        .zip(END..)
+        .map(|(m, id)| json!({"id": id, "content": m, "special": *m == "<end>"}))
+        .collect();
+    let level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
     let file = json!({
         "model": {"type": "BPE", "vocab": vocab, "merges": []},
         "pre_tokenizer": level, "decoder": level, "added_tokens": added,
@@ -53,8 +67,9 @@ fn walk(compiled: &Compiled, tokenizer: &Tokenizer, seed: u64) -> Vec<u32> {
         if !follower.mask(&mut words).unwrap() {
             return ids;
         }
-        let allowed: Vec<u32> =
-            (0..tokenizer.vocab_len() as u32).filter(|id| words[*id as usize / 32] >> (id % 32) & 1 == 1).collect();
+        let allowed: Vec<u32> = (0..tokenizer.vocab_len() as u32)
+            .filter(|id| words[*id as usize / 32] >> (id % 32) & 1 == 1)
+            .collect();
         assert!(!allowed.is_empty(), "nothing may follow {:?}", tokenizer.decode(&ids));
         // Strings of random bytes are long: close what can be closed every few tokens.
         let closers: Vec<u32> =
@@ -173,7 +188,10 @@ fn calls_in_every_style_are_read_as_they_were_meant() {
     let tokenizer = tokenizer();
     let grammars = Grammars::new(&tokenizer, END).unwrap();
     for (style, template) in STYLES {
-        let tools = vec![("store".to_string(), schema()), ("now-1".to_string(), json!({"type": "object", "properties": {}, "additionalProperties": false}))];
+        let tools = vec![
+            ("store".to_string(), schema()),
+            ("now-1".to_string(), json!({"type": "object", "properties": {}, "additionalProperties": false})),
+        ];
         for many in [true, false] {
             let rules = CallRules { style, tools: tools.clone(), many, earlier: 2 };
             let compiled = grammars.compile(None, Some(&rules)).unwrap();
@@ -271,17 +289,29 @@ pub fn hostile() -> Vec<(&'static str, AnswerRule)> {
         ("!a reference to nothing", schema(json!({"$ref": "#/$defs/none"}))),
         ("!a reference to the outside", schema(json!({"$ref": "http://10.0.0.1/schema.json"}))),
         ("a reference to itself", schema(json!({"$ref": "#"}))),
-        ("a ring of references", schema(json!({
-            "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}))),
-        ("a tree that never ends", schema(json!({
+        (
+            "a ring of references",
+            schema(json!({
+            "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"})),
+        ),
+        (
+            "a tree that never ends",
+            schema(json!({
             "$defs": {"n": {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}}, "required": ["n"]}},
-            "$ref": "#/$defs/n"}))),
-        ("an enum of ten thousand", schema(json!({"enum": (0..9_000).map(|i| i.to_string()).collect::<Vec<_>>()}))),
+            "$ref": "#/$defs/n"})),
+        ),
+        (
+            "an enum of ten thousand",
+            schema(json!({"enum": (0..9_000).map(|i| i.to_string()).collect::<Vec<_>>()})),
+        ),
         ("a thousand fields", schema(wide(1_000))),
         ("!a schema over the limit", schema(json!({"const": "x".repeat(200_000)}))),
         ("ambiguous choices", schema(json!({"anyOf": vec![json!({"type": "object"}); 500]}))),
         ("all of many", schema(json!({"allOf": vec![json!({"type": "string", "pattern": "a.*b"}); 60]}))),
-        ("one of overlapping", schema(json!({"oneOf": [{"type": "string"}, {"type": "string", "minLength": 2}]}))),
+        (
+            "one of overlapping",
+            schema(json!({"oneOf": [{"type": "string"}, {"type": "string", "minLength": 2}]})),
+        ),
         ("!nothing at all", schema(json!(false))),
         ("!an impossible number", schema(json!({"type": "integer", "minimum": 5, "maximum": 1}))),
         ("!an unknown type", schema(json!({"type": "flower"}))),
@@ -291,7 +321,14 @@ pub fn hostile() -> Vec<(&'static str, AnswerRule)> {
         ("!a rule that is not there", grammar("start: other")),
         ("!tokens by number", grammar("start: <[0-4000]>")),
         ("an ambiguous grammar", grammar("start: a\na: a a | \"x\" | \"xx\" | ")),
-        ("many rules", grammar(&(0..1500).fold("start: r0\n".to_string(), |s, i| s + &format!("r{i}: \"a\" r{}\n", i + 1)).replace("r1500\n", "\"z\"\n"))),
+        (
+            "many rules",
+            grammar(
+                &(0..1500)
+                    .fold("start: r0\n".to_string(), |s, i| s + &format!("r{i}: \"a\" r{}\n", i + 1))
+                    .replace("r1500\n", "\"z\"\n"),
+            ),
+        ),
         ("!no text", grammar("")),
         ("!no choices", AnswerRule::Choice(Vec::new())),
         ("!an empty choice", AnswerRule::Choice(vec![String::new()])),
@@ -318,7 +355,8 @@ fn hostile_grammars_are_refused_or_followed() {
                 for _ in 0..20 {
                     let mut words = vec![0u32; tokenizer.vocab_len().div_ceil(32)];
                     let Ok(true) = follower.mask(&mut words) else { break };
-                    let allowed: Vec<u32> = (0..END).filter(|id| words[*id as usize / 32] >> (id % 32) & 1 == 1).collect();
+                    let allowed: Vec<u32> =
+                        (0..END).filter(|id| words[*id as usize / 32] >> (id % 32) & 1 == 1).collect();
                     if allowed.is_empty() || follower.commit(allowed[random.below(allowed.len())]).is_err() {
                         break;
                     }

@@ -73,7 +73,10 @@ const CHAT_FIELDS: [(&str, &str); 92] = [
     (r#""tools": [{"type": "function"}]"#, "tools[0].function"),
     (r#""tools": [{"type": "function", "function": {}}]"#, "tools[0].function.name"),
     (r#""tools": [{"type": "function", "function": {"name": "a b"}}]"#, "tools[0].function.name"),
-    (r#""tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]"#, "tools[0].function.parameters"),
+    (
+        r#""tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]"#,
+        "tools[0].function.parameters",
+    ),
     (r#""tools": [{"type": "function", "function": {"name": "f", "mood": 1}}]"#, "tools[0].function.mood"),
     (
         r#""tools": [{"type": "function", "function": {"name": "f", "strict": true,
@@ -158,7 +161,10 @@ const CHAT_BODIES: [(&str, &str); 40] = [
     (r#"{"messages": [{"role": "user", "content": "x", "name": 1}]}"#, "messages[0].name"),
     (r#"{"messages": [{"role": "assistant", "content": "x", "tool_calls": 1}]}"#, "messages[0].tool_calls"),
     (r#"{"messages": [{"role": "tool", "content": "x"}]}"#, "messages[0].tool_call_id"),
-    (r#"{"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}"#, "messages[0].tool_calls[0].function"),
+    (
+        r#"{"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}"#,
+        "messages[0].tool_calls[0].function",
+    ),
     (
         r#"{"messages": [{"role": "assistant", "prefix": true, "content": "x"}, {"role": "user", "content": "x"}]}"#,
         "messages[0].prefix",

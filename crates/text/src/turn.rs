@@ -15,8 +15,8 @@ use std::{
 };
 
 use arguments::{Arguments, Written};
-pub use format::{CallStyle, TurnFormat};
 use format::Mark;
+pub use format::{CallStyle, TurnFormat};
 use header::{Header, Progress};
 use lexer::{Lexer, Symbol};
 
@@ -82,7 +82,9 @@ enum State {
     Reasoning,
     Content,
     /// Between calls; `loose` after text that is no call.
-    Calls { loose: bool },
+    Calls {
+        loose: bool,
+    },
     Header(Header),
     Arguments(Arguments),
     /// Inside of what is no well-formed call.
@@ -93,7 +95,15 @@ impl Turn {
     /// A turn without a token yet.
     pub fn new(format: Arc<TurnFormat>, start: TurnStart) -> Self {
         let state = if start.thinking { State::Reasoning } else { State::Start(String::new()) };
-        Self { format, start, lexer: Lexer::default(), state, calls: 0, reasoning_tokens: 0, symbols: Vec::new() }
+        Self {
+            format,
+            start,
+            lexer: Lexer::default(),
+            state,
+            calls: 0,
+            reasoning_tokens: 0,
+            symbols: Vec::new(),
+        }
     }
 
     /// Adds a token with the text that it completes; appends what is certain to `parts`.

@@ -25,9 +25,17 @@ fn tokenizer(with_think_tags: bool) -> Arc<Tokenizer> {
     });
     let vocab: serde_json::Map<String, serde_json::Value> = alphabet.map(|(c, b)| (c, b.into())).collect();
     let mut marks = vec![
-        "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
-        "<｜tool▁sep｜>", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>",
-        "<|tool_call_end|>", "<|tool_call_argument_begin|>", "｜DSML｜",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁sep｜>",
+        "<|tool_calls_section_begin|>",
+        "<|tool_calls_section_end|>",
+        "<|tool_call_begin|>",
+        "<|tool_call_end|>",
+        "<|tool_call_argument_begin|>",
+        "｜DSML｜",
     ];
     if with_think_tags {
         marks.extend(["<think>", "</think>"]);
@@ -118,7 +126,13 @@ fn run(tokenizer: &Arc<Tokenizer>, format: &Arc<TurnFormat>, start: TurnStart, i
 }
 
 /// Text in pieces: marks are found in it as tokens are, ordinary text comes in pieces of any length.
-fn run_pieces(tokenizer: &Arc<Tokenizer>, format: &Arc<TurnFormat>, s: TurnStart, text: &str, cuts: &[usize]) -> Seen {
+fn run_pieces(
+    tokenizer: &Arc<Tokenizer>,
+    format: &Arc<TurnFormat>,
+    s: TurnStart,
+    text: &str,
+    cuts: &[usize],
+) -> Seen {
     let ids = tokenizer.encode(text, ControlTokens::Parse).unwrap();
     let mut turn = Turn::new(Arc::clone(format), s);
     let mut parts = Vec::new();
@@ -163,7 +177,9 @@ fn written(style: CallStyle, content: &str, calls: &[(String, String)]) -> Strin
         text += &match style {
             CallStyle::Fenced => {
                 let line = if i > 0 { "\n" } else { "" };
-                format!("{line}<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{json}\n```<｜tool▁call▁end｜>")
+                format!(
+                    "{line}<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{json}\n```<｜tool▁call▁end｜>"
+                )
             }
             CallStyle::Plain => format!("<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{json}<｜tool▁call▁end｜>"),
             CallStyle::Kimi => format!(
@@ -212,15 +228,24 @@ fn each_style_is_read() {
 fn what_is_no_call_comes_back_as_content() {
     let tokenizer = tokenizer(true);
     let cases = [
-        (CallStyle::Plain, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>no separator<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-         "<｜tool▁call▁begin｜>no separator<｜tool▁call▁end｜>"),
+        (
+            CallStyle::Plain,
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>no separator<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+            "<｜tool▁call▁begin｜>no separator<｜tool▁call▁end｜>",
+        ),
         (CallStyle::Plain, "<｜tool▁calls▁begin｜>what? <｜tool▁calls▁end｜>", "what? "),
         (CallStyle::Plain, "a<｜tool▁sep｜>b", "a<｜tool▁sep｜>b"),
         (CallStyle::Plain, "<｜tool▁call▁begin｜>cut", "<｜tool▁call▁begin｜>cut"),
-        (CallStyle::Fenced, "<｜tool▁call▁begin｜>code<｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜>",
-         "<｜tool▁call▁begin｜>code<｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜>"),
-        (CallStyle::Kimi, "<|tool_call_begin|>f<|tool_call_argument_begin|>{}<|tool_call_end|>",
-         "<|tool_call_begin|>f<|tool_call_argument_begin|>{}<|tool_call_end|>"),
+        (
+            CallStyle::Fenced,
+            "<｜tool▁call▁begin｜>code<｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜>",
+            "<｜tool▁call▁begin｜>code<｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜>",
+        ),
+        (
+            CallStyle::Kimi,
+            "<|tool_call_begin|>f<|tool_call_argument_begin|>{}<|tool_call_end|>",
+            "<|tool_call_begin|>f<|tool_call_argument_begin|>{}<|tool_call_end|>",
+        ),
     ];
     for (style, text, content) in cases {
         let ids = tokenizer.encode(text, ControlTokens::Parse).unwrap();
@@ -266,12 +291,37 @@ fn thinking_is_told_apart_by_token_or_by_text() {
 /// Pieces that make calls, broken calls, and anything between.
 fn soup() -> impl Strategy<Value = String> {
     let piece = prop::sample::select(vec![
-        "<think>", "</think>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>",
-        "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>",
-        "<|tool_call_begin|>", "<|tool_call_end|>", "<|tool_call_argument_begin|>", "\n\n<｜DSML｜function_calls>\n",
-        "<｜DSML｜invoke name=\"", "\">", "<｜DSML｜parameter name=\"", "\" string=\"true\">", "</｜DSML｜parameter>",
-        "</｜DSML｜invoke>", "</｜DSML｜function_calls>", "function", "f", "functions.f:0", "\n```json\n", "\n```",
-        "{\"a\": 1}", " ", "\n", "é🙂", "<", "x < y",
+        "<think>",
+        "</think>",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁sep｜>",
+        "<|tool_calls_section_begin|>",
+        "<|tool_calls_section_end|>",
+        "<|tool_call_begin|>",
+        "<|tool_call_end|>",
+        "<|tool_call_argument_begin|>",
+        "\n\n<｜DSML｜function_calls>\n",
+        "<｜DSML｜invoke name=\"",
+        "\">",
+        "<｜DSML｜parameter name=\"",
+        "\" string=\"true\">",
+        "</｜DSML｜parameter>",
+        "</｜DSML｜invoke>",
+        "</｜DSML｜function_calls>",
+        "function",
+        "f",
+        "functions.f:0",
+        "\n```json\n",
+        "\n```",
+        "{\"a\": 1}",
+        " ",
+        "\n",
+        "é🙂",
+        "<",
+        "x < y",
     ]);
     prop::collection::vec(piece, 0..24).prop_map(|pieces| pieces.concat())
 }
@@ -280,9 +330,20 @@ fn soup() -> impl Strategy<Value = String> {
 fn bare(text: &str) -> String {
     let mut text = text.to_string();
     for mark in [
-        "<think>", "</think>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>",
-        "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>",
-        "<|tool_call_begin|>", "<|tool_call_end|>", "<|tool_call_argument_begin|>", "functions.f:0", "f",
+        "<think>",
+        "</think>",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁sep｜>",
+        "<|tool_calls_section_begin|>",
+        "<|tool_calls_section_end|>",
+        "<|tool_call_begin|>",
+        "<|tool_call_end|>",
+        "<|tool_call_argument_begin|>",
+        "functions.f:0",
+        "f",
     ] {
         text = text.replace(mark, "");
     }

@@ -28,7 +28,8 @@ fn describe(model: &Model) -> Value {
         CallStyle::Dsml => "deepseek-v3.2",
         CallStyle::Kimi => "kimi-k2",
     });
-    let fills = ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"].map(|t| tokenizer.token_id(t).is_some());
+    let fills =
+        ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"].map(|t| tokenizer.token_id(t).is_some());
     json!({
         "model": model.name,
         "chat": chat,

@@ -20,6 +20,7 @@ use super::{
     tools::{Choice, Tools},
 };
 use crate::{
+    caller::Caller,
     error::ApiError,
     state::{AppState, Model},
 };
@@ -27,6 +28,7 @@ use crate::{
 /// Answers a conversation.
 pub(crate) async fn chat_completions(
     State(state): State<AppState>,
+    caller: Caller,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
@@ -36,7 +38,7 @@ pub(crate) async fn chat_completions(
         let model = Arc::clone(&model);
         state.prepare(move || prepare(&model, &body)).await?
     };
-    let ticket = model.engine.submit(prepared.request)?;
+    let ticket = caller.submit(&model, prepared.request)?;
     let form = Form::Chat { format: Arc::clone(&model.dialect.format), start: prepared.start };
     let answer = Answer::new(form, model.name.clone(), vec![ticket], prepared.n, prepared.logprobs);
     answer.respond(prepared.streaming).await
@@ -90,7 +92,10 @@ impl Conversation {
         let mut messages = messages(fields, model.dialect.arguments)?;
         if fields.boolean("continue_final_message")?.unwrap_or(false) {
             if messages.list.last().is_none_or(|m| m["role"] != "assistant") {
-                return Err(ApiError::invalid("continue_final_message", "the last message is no assistant's"));
+                return Err(ApiError::invalid(
+                    "continue_final_message",
+                    "the last message is no assistant's",
+                ));
             }
             messages.prefix = true;
         }
@@ -111,7 +116,8 @@ impl Conversation {
         let (prompt, thinking) = self.render(model)?;
         self.thinking.check(&model.dialect, thinking)?;
         request.prompt = prompt;
-        if let Some(id) = model.dialect.format.calls_begin_id().filter(|_| self.tools.choice == Choice::None) {
+        if let Some(id) = model.dialect.format.calls_begin_id().filter(|_| self.tools.choice == Choice::None)
+        {
             // -100 bans a token.
             request.sampling.logit_bias.retain(|(token, _)| *token != id);
             request.sampling.logit_bias.push((id, -100.0));
@@ -127,7 +133,8 @@ impl Conversation {
         rules.thinking = thinking;
         rules.thinking_tokens_max = self.thinking.tokens_max;
         let forced = matches!(self.tools.choice, Choice::Required | Choice::Named(_));
-        let held = self.tools.callable() && (!self.tools.parallel || self.tools.list.iter().any(|t| t.strict));
+        let held =
+            self.tools.callable() && (!self.tools.parallel || self.tools.list.iter().any(|t| t.strict));
         let format = self.format.as_ref().filter(|_| !forced);
         if !(forced || held || format.is_some()) {
             return Ok(rules);
@@ -142,16 +149,16 @@ impl Conversation {
         let compiled = match (format, &calls) {
             (None, Some(calls)) if !forced => {
                 let why = "this model's calls do not begin with a token of their own";
-                rules.behind = Some(
-                    dialect.format.calls_begin_id().ok_or_else(|| ApiError::unsupported("tools", why))?,
-                );
+                rules.behind =
+                    Some(dialect.format.calls_begin_id().ok_or_else(|| ApiError::unsupported("tools", why))?);
                 grammars.compile_rest(calls)
             }
             (format, calls) => grammars.compile(format.map(|f| &f.rule), calls.as_ref()),
         };
         rules.grammar = Some(compiled.map_err(|e| {
             let tools_alone = calls.as_ref().map(|c| grammars.compile(None, Some(c)).is_ok());
-            let param = if tools_alone == Some(false) { "tools" } else { format.map_or("tools", |f| f.param) };
+            let param =
+                if tools_alone == Some(false) { "tools" } else { format.map_or("tools", |f| f.param) };
             refused(param, &e)
         })?);
         Ok(rules)
@@ -161,10 +168,12 @@ impl Conversation {
     fn call_rules(&self, model: &Model, forced: bool) -> Option<CallRules> {
         let chosen = |i: usize| !matches!(self.tools.choice, Choice::Named(n) if n != i);
         let tools = self.tools.list.iter().enumerate().filter(|(i, _)| chosen(*i)).map(|(_, tool)| {
-            let schema = if tool.strict || forced { tool.parameters.clone() } else { json!({"type": "object"}) };
+            let schema =
+                if tool.strict || forced { tool.parameters.clone() } else { json!({"type": "object"}) };
             (tool.name.clone(), schema)
         });
-        let earlier = self.messages.list.iter().filter_map(|m| m["tool_calls"].as_array()).map(Vec::len).sum();
+        let earlier =
+            self.messages.list.iter().filter_map(|m| m["tool_calls"].as_array()).map(Vec::len).sum();
         let many = self.tools.parallel && !matches!(self.tools.choice, Choice::Named(_));
         Some(CallRules { style: model.dialect.format.calls()?, tools: tools.collect(), many, earlier })
     }
@@ -180,7 +189,8 @@ impl Conversation {
     /// The prompt's tokens, and whether it ends inside of thinking.
     fn render(&self, model: &Model) -> Result<(Vec<u32>, bool), ApiError> {
         let no_template = "this model has no chat template; use /v1/completions";
-        let template = model.template.as_ref().ok_or_else(|| ApiError::unsupported("messages", no_template))?;
+        let template =
+            model.template.as_ref().ok_or_else(|| ApiError::unsupported("messages", no_template))?;
         let tokenizer = model.engine.tokenizer();
         let mut messages = guard_messages(&self.messages.list, tokenizer);
         let prefix = self.messages.prefix.then(|| messages.pop()).flatten();

@@ -100,7 +100,9 @@ impl Constraint for Held {
             }
             (Stage::Thinking(n), _) => self.stage = Stage::Thinking(n + 1),
             // Some models open their thinking themselves.
-            (Stage::Free, _) if first && Some(token) == self.rules.think_open => self.stage = Stage::Thinking(0),
+            (Stage::Free, _) if first && Some(token) == self.rules.think_open => {
+                self.stage = Stage::Thinking(0)
+            }
             (Stage::Free, Some(_)) if Some(token) == self.rules.behind => self.stage = Stage::Grammar,
             (Stage::Free, _) | (Stage::Grammar, None) => {}
             (Stage::Grammar, Some(follower)) => follower.commit(token).map_err(|e| e.to_string())?,

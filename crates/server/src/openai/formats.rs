@@ -41,7 +41,9 @@ impl Format {
             let value = fields.take(name);
             value.map(|v| Ok(Self { rule: kind.rule(name, v)?, param: name })).transpose()
         });
-        for format in single.chain([Ok(structured)]).collect::<Result<Vec<_>, ApiError>>()?.into_iter().flatten() {
+        for format in
+            single.chain([Ok(structured)]).collect::<Result<Vec<_>, ApiError>>()?.into_iter().flatten()
+        {
             if let Some(first) = &found {
                 return Err(ApiError::invalid(format.param, format!("contradicts {}", first.param)));
             }
@@ -56,7 +58,9 @@ impl Kind {
         match (self, value) {
             (Self::Json, Value::String(text)) => {
                 let schema = serde_json::from_str(&text);
-                schema.map(AnswerRule::JsonSchema).map_err(|e| ApiError::invalid(name, format!("is no JSON: {e}")))
+                schema
+                    .map(AnswerRule::JsonSchema)
+                    .map_err(|e| ApiError::invalid(name, format!("is no JSON: {e}")))
             }
             (Self::Json, schema @ (Value::Object(_) | Value::Bool(_))) => Ok(AnswerRule::JsonSchema(schema)),
             (Self::Regex, Value::String(text)) => Ok(AnswerRule::Regex(text)),
@@ -94,7 +98,8 @@ fn response_format(fields: &mut Fields) -> Result<Option<Format>, ApiError> {
             inner.string("description")?;
             // Every schema is kept strictly.
             inner.boolean("strict")?;
-            let schema = inner.take("schema").ok_or_else(|| ApiError::invalid(inner.name("schema"), "is missing"))?;
+            let schema =
+                inner.take("schema").ok_or_else(|| ApiError::invalid(inner.name("schema"), "is missing"))?;
             inner.finish()?;
             Some(Kind::Json.rule("response_format.json_schema.schema", schema)?)
         }

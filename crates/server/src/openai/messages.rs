@@ -109,11 +109,7 @@ fn message(value: Value, path: &str, arguments: ArgumentsForm) -> Result<(Value,
 }
 
 /// What only an assistant's message has; answers whether it is to be continued.
-fn assistant(
-    fields: &mut Fields,
-    arguments: ArgumentsForm,
-    message: &mut Value,
-) -> Result<bool, ApiError> {
+fn assistant(fields: &mut Fields, arguments: ArgumentsForm, message: &mut Value) -> Result<bool, ApiError> {
     let thinking = (fields.string("reasoning_content")?, fields.string("reasoning")?);
     if let Some(thinking) = thinking.0.or(thinking.1) {
         message["reasoning_content"] = thinking.clone().into();

@@ -76,7 +76,10 @@ impl Thinking {
 
     fn want(&mut self, value: bool, place: &str) -> Result<(), ApiError> {
         if self.wanted.is_some_and(|wanted| wanted != value) {
-            return Err(ApiError::invalid(place, "contradicts what the request says elsewhere about thinking"));
+            return Err(ApiError::invalid(
+                place,
+                "contradicts what the request says elsewhere about thinking",
+            ));
         }
         self.wanted = Some(value);
         Ok(())

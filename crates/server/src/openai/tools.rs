@@ -51,7 +51,10 @@ impl Tools {
         let (mut list, mut declared): (Vec<Tool>, Vec<Value>) = (Vec::new(), Vec::new());
         let values = fields.list("tools")?.unwrap_or_default();
         if values.len() > TOOLS_MAX {
-            return Err(ApiError::invalid("tools", format!("has {} tools, at most {TOOLS_MAX}", values.len())));
+            return Err(ApiError::invalid(
+                "tools",
+                format!("has {} tools, at most {TOOLS_MAX}", values.len()),
+            ));
         }
         for (i, value) in values.into_iter().enumerate() {
             let (tool, declaration) = tool(value, &format!("tools[{i}]"))?;
@@ -111,7 +114,8 @@ fn choice(value: Option<Value>, tools: &[Tool]) -> Result<Choice, ApiError> {
             "none" => return Ok(Choice::None),
             "required" | "any" => Choice::Required,
             _ => {
-                let why = "must be none, auto, required or {\"type\": \"function\", \"function\": {\"name\": ...}}";
+                let why =
+                    "must be none, auto, required or {\"type\": \"function\", \"function\": {\"name\": ...}}";
                 return Err(ApiError::invalid("tool_choice", why));
             }
         },

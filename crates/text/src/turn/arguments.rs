@@ -109,7 +109,8 @@ fn field_text(count: &mut usize, field: &mut Field, text: &str, written: &mut Wr
             head.push_str(text);
             if let Some((before, value)) = head.split_once("\">") {
                 let value = value.to_string();
-                let Some((name, string)) = before.split_once("\" string=\"").filter(|(_, s)| is_bool(s)) else {
+                let Some((name, string)) = before.split_once("\" string=\"").filter(|(_, s)| is_bool(s))
+                else {
                     written.content += &std::mem::take(raw);
                     *field = Field::None { loose: true };
                     return;
