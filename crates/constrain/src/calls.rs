@@ -118,7 +118,7 @@ impl CallRules {
                 let end = r#""parameter>\n""#;
                 let body = if is_plain_string(value) {
                     // The bar is a token of its own, so the text before it cannot hold it.
-                    format!(r#"{} RAW {bar} {end}"#, quoted(&format!("{head}true\">")))
+                    format!("{} RAW {bar} {end}", quoted(&format!("{head}true\">")))
                 } else {
                     let mut value = value.clone();
                     for shared in ["$defs", "definitions"] {
@@ -143,7 +143,7 @@ impl CallRules {
         let _ = writeln!(lark, "call: \"<\" {bar} ({})", self.any());
         let _ =
             writeln!(lark, r#"rest: "function_calls>\n" call{} "</" {bar} "function_calls>""#, self.more(""));
-        let _ = writeln!(lark, r#"calls: /(\n\n)?</ {bar} rest"#);
+        let _ = writeln!(lark, r"calls: /(\n\n)?</ {bar} rest");
         Ok(lark)
     }
 
