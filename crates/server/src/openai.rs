@@ -6,6 +6,7 @@ pub(crate) mod capabilities;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod constraint;
+mod depth;
 mod fields;
 mod formats;
 pub(crate) mod messages;
