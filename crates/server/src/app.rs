@@ -1,6 +1,6 @@
 //! Routes, and connections that cannot be held open for nothing.
 
-use std::{future::Future, io, sync::Arc};
+use std::{future::Future, io, pin::pin, sync::Arc};
 
 use axum::{
     Router,
@@ -9,10 +9,12 @@ use axum::{
 use hyper::server::conn::http1;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
-    server::graceful::GracefulShutdown,
     service::TowerToHyperService,
 };
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, watch},
+};
 
 use crate::{
     error::ApiError,
@@ -21,7 +23,9 @@ use crate::{
     metrics::metrics,
     openai::{chat::chat_completions, completions::completions, models},
     page::page,
+    socket::{Sockets, generation},
     state::AppState,
+    tokens,
 };
 
 /// Serves until `shutdown` is ready, then lets running answers end.
@@ -33,10 +37,10 @@ pub async fn serve(
     state: AppState,
     shutdown: impl Future<Output = ()> + Send,
 ) -> io::Result<()> {
-    let router = router(state);
+    let (router, sockets) = router(state);
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    let connections = GracefulShutdown::new();
-    let mut shutdown = std::pin::pin!(shutdown);
+    let closing = watch::Sender::new(false);
+    let mut shutdown = pin!(shutdown);
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { break };
         let stream = tokio::select! {
@@ -57,21 +61,32 @@ pub async fn serve(
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_SECONDS_MAX)
             .max_buf_size(HEADER_BYTES_MAX)
-            .serve_connection(TokioIo::new(stream), service);
-        let connection = connections.watch(connection);
+            .serve_connection(TokioIo::new(stream), service)
+            .with_upgrades();
+        let mut closing = closing.subscribe();
         tokio::spawn(async move {
+            let mut connection = pin!(connection);
             // How a connection ends is the client's business.
-            let _ = connection.await;
+            tokio::select! {
+                _ = connection.as_mut() => {}
+                _ = closing.changed() => {
+                    connection.as_mut().graceful_shutdown();
+                    let _ = connection.await;
+                }
+            }
             drop(place);
         });
     }
     drop(listener);
-    let _ = tokio::time::timeout(DRAIN_SECONDS_MAX, connections.shutdown()).await;
+    closing.send_replace(true);
+    let drained = async { tokio::join!(places.acquire_many(CONNECTIONS_MAX as u32), sockets.close()) };
+    let _ = tokio::time::timeout(DRAIN_SECONDS_MAX, drained).await;
     Ok(())
 }
 
-fn router(state: AppState) -> Router {
-    Router::new()
+/// The routes, and the sockets that lead to them.
+fn router(state: AppState) -> (Router, Sockets) {
+    let http = Router::new()
         .route("/", get(page))
         .route("/health", get(health))
         .route("/metrics", get(metrics))
@@ -79,7 +94,12 @@ fn router(state: AppState) -> Router {
         .route("/v1/models/{id}", get(models::retrieve))
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(completions))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
         .fallback(|| async { ApiError::no_such_route() })
         .method_not_allowed_fallback(|| async { ApiError::wrong_method() })
-        .with_state(state)
+        .with_state(state);
+    let sockets = Sockets::new(http.clone());
+    let upgrades = Router::new().route("/ws", get(generation::open)).with_state(sockets.clone());
+    (http.merge(upgrades), sockets)
 }

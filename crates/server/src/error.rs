@@ -80,6 +80,23 @@ impl ApiError {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", "this path has no such method")
     }
 
+    /// A path that speaks WebSocket only.
+    pub(crate) fn upgrade_required() -> Self {
+        let message = "this path is a WebSocket: connect with ws:// or wss://";
+        Self::new(StatusCode::UPGRADE_REQUIRED, "invalid_request_error", message)
+    }
+
+    /// A page of another site.
+    pub(crate) fn foreign_origin() -> Self {
+        let message = "the header origin names another site than this server";
+        Self::new(StatusCode::FORBIDDEN, "permission_error", message)
+    }
+
+    pub(crate) fn too_many_sockets() -> Self {
+        let e = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "too many WebSockets are open");
+        Self { code: Some("too_many_connections"), retry_after: true, ..e }
+    }
+
     pub(crate) fn loading() -> Self {
         let e = Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "the model is loading");
         Self { retry_after: true, ..e }

@@ -13,7 +13,9 @@ pub mod limits;
 mod metrics;
 mod openai;
 mod page;
+mod socket;
 mod state;
+mod tokens;
 
 pub use app::serve;
 pub use state::{AppState, Model};

@@ -1,9 +1,9 @@
 //! OpenAI's API: from JSON to engine requests and back.
 
 mod answer;
-mod body;
+pub(crate) mod body;
 pub(crate) mod chat;
 pub(crate) mod completions;
-mod fields;
+pub(crate) mod fields;
 pub(crate) mod models;
-mod parameters;
+pub(crate) mod parameters;
