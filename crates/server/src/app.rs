@@ -17,13 +17,16 @@ use tokio::{
 };
 
 use crate::{
+    doors::Doors,
     error::ApiError,
     health::health,
     limits::{CONNECTIONS_MAX, DRAIN_SECONDS_MAX, HEADER_BYTES_MAX, HEADER_SECONDS_MAX},
+    messages,
     metrics::metrics,
     openai::{chat::chat_completions, completions::completions, models},
     page::page,
-    socket::{Sockets, generation},
+    responses,
+    socket::{self, generation},
     state::AppState,
     tokens,
 };
@@ -37,7 +40,7 @@ pub async fn serve(
     state: AppState,
     shutdown: impl Future<Output = ()> + Send,
 ) -> io::Result<()> {
-    let (router, sockets) = router(state);
+    let (router, doors) = router(state);
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let closing = watch::Sender::new(false);
     let mut shutdown = pin!(shutdown);
@@ -79,13 +82,13 @@ pub async fn serve(
     }
     drop(listener);
     closing.send_replace(true);
-    let drained = async { tokio::join!(places.acquire_many(CONNECTIONS_MAX as u32), sockets.close()) };
+    let drained = async { tokio::join!(places.acquire_many(CONNECTIONS_MAX as u32), doors.sockets.close()) };
     let _ = tokio::time::timeout(DRAIN_SECONDS_MAX, drained).await;
     Ok(())
 }
 
-/// The routes, and the sockets that lead to them.
-fn router(state: AppState) -> (Router, Sockets) {
+/// The routes, and what the doors that lead to them share.
+fn router(state: AppState) -> (Router, Doors) {
     let http = Router::new()
         .route("/", get(page))
         .route("/health", get(health))
@@ -98,8 +101,15 @@ fn router(state: AppState) -> (Router, Sockets) {
         .route("/detokenize", post(tokens::detokenize))
         .fallback(|| async { ApiError::no_such_route() })
         .method_not_allowed_fallback(|| async { ApiError::wrong_method() })
-        .with_state(state);
-    let sockets = Sockets::new(http.clone());
-    let upgrades = Router::new().route("/ws", get(generation::open)).with_state(sockets.clone());
-    (http.merge(upgrades), sockets)
+        .with_state(state.clone());
+    let doors = Doors::new(state, http.clone());
+    let others = Router::new()
+        .route("/ws", get(generation::open))
+        .route("/v1/responses", post(responses::create).get(socket::responses::open))
+        .route("/v1/responses/{id}", get(responses::retrieve).delete(responses::delete))
+        .route("/v1/responses/{id}/cancel", post(responses::cancel))
+        .route("/v1/responses/{id}/input_items", get(responses::input_items))
+        .route("/v1/messages", post(messages::create))
+        .with_state(doors.clone());
+    (http.merge(others), doors)
 }

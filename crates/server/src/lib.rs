@@ -7,12 +7,17 @@
 #![forbid(unsafe_code)]
 
 mod app;
+mod doors;
 mod error;
+mod event_stream;
 mod health;
 pub mod limits;
+mod messages;
 mod metrics;
 mod openai;
 mod page;
+mod relay;
+mod responses;
 mod socket;
 mod state;
 mod tokens;

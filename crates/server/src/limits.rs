@@ -38,3 +38,7 @@ pub const SOCKET_IDLE_SECONDS_MAX: Duration = Duration::from_secs(60);
 pub const SOCKET_STALL_SECONDS_MAX: Duration = Duration::from_secs(30);
 /// Most that is read of an error's body.
 pub const ERROR_BODY_BYTES_MAX: usize = 64 << 10;
+/// Most responses of `/v1/responses` that are kept.
+pub const RESPONSES_MAX: usize = 1024;
+/// Most memory that kept responses take, roughly.
+pub const RESPONSES_BYTES_MAX: usize = 64 << 20;

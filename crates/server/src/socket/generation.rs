@@ -22,10 +22,9 @@ use std::{collections::HashMap, sync::Arc};
 
 use axum::{
     extract::{
-        State,
-        ws::{WebSocket, WebSocketUpgrade, close_code, rejection::WebSocketUpgradeRejection},
+        Request, State,
+        ws::{WebSocket, close_code},
     },
-    http::HeaderMap,
     response::Response,
 };
 use serde_json::{Value, json};
@@ -35,29 +34,26 @@ use tokio::{
 };
 
 use super::{
-    Place, Reply, Sockets,
+    Place,
     connection::{Incoming, Outbox, split},
     error_message, parse,
 };
 use crate::{
+    doors::Doors,
     error::ApiError,
     limits::{SOCKET_CREDIT_MAX, SOCKET_ID_BYTES_MAX, SOCKET_REQUESTS_MAX},
     openai::fields::Fields,
+    relay::Reply,
 };
 
 /// Opens a socket.
-pub(crate) async fn open(
-    State(sockets): State<Sockets>,
-    headers: HeaderMap,
-    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
-) -> Result<Response, ApiError> {
-    let (place, upgrade) = sockets.admit(&headers, upgrade)?;
-    Ok(upgrade.on_upgrade(|socket| run(socket, place)))
+pub(crate) async fn open(State(doors): State<Doors>, request: Request) -> Result<Response, ApiError> {
+    super::open(doors, request, run).await
 }
 
 async fn run(socket: WebSocket, place: Place) {
     let (mut inbox, outbox, writer) = split(socket);
-    let mut closing = place.closing();
+    let mut closing = place.closing.clone();
     let mut session = Session {
         place: Arc::new(place),
         outbox: outbox.clone(),
@@ -246,13 +242,13 @@ async fn stream(
     place: &Place,
     outbox: &Outbox,
     id: &str,
-    path: &str,
+    path: &'static str,
     body: &Value,
     credit: Option<&Semaphore>,
 ) -> String {
-    let mut events = match place.post(path, body).await {
+    let mut events = match place.doors.relay.stream(&place.asker, path, body).await {
         Reply::Stream(events) => events,
-        Reply::Refused(status, error) => return error_message(Some(id), Some(status), &error),
+        Reply::Refused(refusal) => return error_message(Some(id), Some(refusal.status), &refusal.error),
     };
     let name = Value::from(id).to_string();
     loop {

@@ -4,19 +4,19 @@ use axum::body::{Body, BodyDataStream};
 use futures_util::StreamExt;
 
 /// The events of a body that this server wrote.
-pub(super) struct Events {
+pub(crate) struct Events {
     body: BodyDataStream,
     /// Bytes that came and are no whole event yet.
     rest: Vec<u8>,
 }
 
 impl Events {
-    pub(super) fn new(body: Body) -> Self {
+    pub(crate) fn new(body: Body) -> Self {
         Self { body: body.into_data_stream(), rest: Vec::new() }
     }
 
     /// The `data` of the next event; None at the end. Comments are left out.
-    pub(super) async fn next(&mut self) -> Option<String> {
+    pub(crate) async fn next(&mut self) -> Option<String> {
         loop {
             if let Some(at) = self.rest.windows(2).position(|w| w == b"\n\n") {
                 let event: Vec<u8> = self.rest.drain(..at + 2).collect();
