@@ -1,11 +1,13 @@
 //! Requests at the engine's door, and what comes back.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use thiserror::Error;
 
-/// How tokens are chosen. The steps run in this order: logit bias, penalties, temperature, `top_k`, `typical_p`,
-/// `top_p`, `min_p`, draw.
+use crate::Grammar;
+
+/// How tokens are chosen. The steps run in this order: the request's constraint, logit bias, penalties, temperature,
+/// `top_k`, `typical_p`, `top_p`, `min_p`, draw.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
     /// Divides the logits; 0 always takes the most likely token.
@@ -51,12 +53,14 @@ impl Default for Sampling {
 }
 
 /// What is asked of the engine.
-#[derive(Clone, PartialEq)]
+#[derive(Clone)]
 pub struct Request {
     /// Tokens of the prompt.
     pub prompt: Vec<u32>,
     /// Most tokens of an answer; it also ends where the context is full.
     pub max_tokens: Option<usize>,
+    /// An answer does not end by an end token, a stop token or a stop string before it has this many tokens.
+    pub min_tokens: usize,
     /// Answers to the same prompt.
     pub n: usize,
     /// Texts that end an answer; they are not part of it.
@@ -65,12 +69,14 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// Never choose the tokens that end an answer: for measuring.
     pub ignore_eos: bool,
-    /// Show special tokens in the text.
+    /// Show special tokens in the text. Their ids are in the events in any case.
     pub keep_special: bool,
     /// How tokens are chosen.
     pub sampling: Sampling,
     /// Report log-probabilities: of the chosen token and of this many of the most likely ones.
     pub logprobs: Option<usize>,
+    /// What the answers may say; none lets them say anything.
+    pub grammar: Option<Arc<dyn Grammar>>,
 }
 
 impl Default for Request {
@@ -78,6 +84,7 @@ impl Default for Request {
         Self {
             prompt: Vec::new(),
             max_tokens: None,
+            min_tokens: 0,
             n: 1,
             stop: Vec::new(),
             stop_tokens: Vec::new(),
@@ -85,6 +92,7 @@ impl Default for Request {
             keep_special: false,
             sampling: Sampling::default(),
             logprobs: None,
+            grammar: None,
         }
     }
 }
@@ -138,8 +146,10 @@ impl Request {
         refuse_if(self.logprobs.is_some_and(|n| n > limits.logprobs_max), "logprobs", || {
             format!("at most {} alternatives", limits.logprobs_max)
         })?;
+        let asked = self.max_tokens.unwrap_or(usize::MAX);
+        refuse_if(self.min_tokens > asked, "min_tokens", || format!("is more than max_tokens, {asked}"))?;
         let room = limits.context_tokens_max - self.prompt.len();
-        self.max_tokens = Some(self.max_tokens.unwrap_or(room).min(room));
+        self.max_tokens = Some(asked.min(room));
         Ok(ValidRequest(self))
     }
 
@@ -217,9 +227,10 @@ pub enum Event {
     Delta {
         /// Which of the `n` answers.
         choice: usize,
-        /// Whole characters.
+        /// Whole characters: the texts of the tokens, and at the end of an answer what an unfinished character left.
         text: String,
-        /// The tokens that the text came from. A token may come with a later delta than the first byte of its text.
+        /// The tokens that the text came from, each once and in order, whether logprobs were asked for or not. A token
+        /// is held back while its text may be part of a stop string.
         tokens: Vec<TokenInfo>,
     },
     /// An answer has ended.
@@ -228,6 +239,8 @@ pub enum Event {
         choice: usize,
         /// Why.
         reason: FinishReason,
+        /// Which of the request's own stops ended it.
+        matched: Option<Matched>,
     },
     /// All answers have ended; nothing follows.
     Finished {
@@ -248,7 +261,11 @@ pub struct TokenInfo {
     pub id: u32,
     /// Its bytes; part of a character, maybe.
     pub bytes: Vec<u8>,
-    /// Natural logarithm of its probability under the model, before anything of [`Sampling`] (0 when not asked for).
+    /// The text that it completes: none for a part of a character and for a special token that is not shown, less than
+    /// its bytes where a stop string begins inside of it.
+    pub text: String,
+    /// Natural logarithm of its probability under the model, before anything of [`Sampling`] but among the tokens that
+    /// the constraint allows, as vLLM's `raw_logprobs` are (0 when not asked for).
     pub logprob: f32,
     /// The most likely tokens at its place, best first, with their bytes and log-probabilities.
     pub top: Vec<(u32, Vec<u8>, f32)>,
@@ -261,6 +278,15 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens` or the end of the context was reached.
     Length,
+}
+
+/// A stop of the request that ended an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Matched {
+    /// One of its stop tokens.
+    Token(u32),
+    /// One of its stop strings.
+    Text(String),
 }
 
 /// What a request took.
@@ -314,6 +340,7 @@ mod tests {
             ("prompt", request(|r| r.prompt = vec![0; 100])),
             ("prompt", request(|r| r.prompt = vec![50])),
             ("max_tokens", request(|r| r.max_tokens = Some(0))),
+            ("min_tokens", request(|r| (r.min_tokens, r.max_tokens) = (3, Some(2)))),
             ("n", request(|r| r.n = 0)),
             ("n", request(|r| r.n = 5)),
             ("stop", request(|r| r.stop = vec![String::new()])),

@@ -12,9 +12,10 @@ use oxseek_model::{Batch, LanguageModel};
 use oxseek_text::Tokenizer;
 
 use crate::{
-    EngineOptions, Event, Request, Sampler, Usage,
+    Bans, EngineOptions, Event, Request, Sampler, Usage,
     choice::Choice,
     handle::{Command, Submission},
+    masks::{Guide, Masks},
     scheduler::{Scheduler, SchedulerLimits, SequenceId},
     stats::{Counters, add, set},
 };
@@ -38,6 +39,7 @@ pub(crate) struct Worker {
     batch: Batch,
     sampled: Vec<SequenceId>,
     logits: Vec<f32>,
+    masks: Masks,
 }
 
 /// A request that is not ended.
@@ -88,6 +90,7 @@ impl Worker {
             batch: Batch::default(),
             sampled: Vec::new(),
             logits,
+            masks: Masks::new(),
         }
     }
 
@@ -137,20 +140,22 @@ impl Worker {
     }
 
     fn accept(&mut self, submission: Submission) {
-        let Submission { mut request, events, submitted, random_seed } = submission;
+        let choices = guarded(|| self.choices(&submission.request, submission.random_seed));
+        let Submission { mut request, events, submitted, .. } = submission;
         let prompt_tokens = request.prompt.len();
-        add(&self.counters.prompt_tokens, prompt_tokens as u64);
         let request_id = self.next_id;
-        let banned = if request.ignore_eos { self.options.eos_tokens.clone() } else { Vec::new() };
-        let choices: Vec<Choice> = (0..request.n)
-            .map(|index| {
-                let sequence = SequenceId(self.next_id + index as u64);
-                let (sampling, vocab) = (request.sampling.clone(), self.options.vocab_text);
-                let sampler = Sampler::new(sampling, index, random_seed, vocab, banned.clone());
-                Choice::new(sequence, index, sampler, &request, &self.tokenizer)
-            })
-            .collect();
         self.next_id += request.n as u64;
+        let choices = match choices {
+            Ok(choices) => choices,
+            Err(message) => {
+                add(&self.counters.failed, 1);
+                // The channel is new: there is room.
+                let _ = events.try_send(Event::Failed { message });
+                self.counters.requests_open.fetch_sub(1, std::sync::atomic::Ordering::AcqRel);
+                return;
+            }
+        };
+        add(&self.counters.prompt_tokens, prompt_tokens as u64);
         self.owners.extend(choices.iter().map(|c| (c.sequence, request_id)));
         self.scheduler.submit(choices[0].sequence, request.prompt.clone(), request.n - 1);
         if request.sampling.repetition_penalty == 1.0 {
@@ -161,6 +166,25 @@ impl Worker {
         let open =
             Open { request, prompt_tokens, choices, outbox, submitted, admitted: None, first_token: None };
         self.open.insert(request_id, open);
+    }
+
+    /// The answers of a new request, nothing of them written yet.
+    fn choices(&self, request: &Request, random_seed: u64) -> Result<Vec<Choice>, String> {
+        let eos = &self.options.eos_tokens;
+        let bans = Bans {
+            always: if request.ignore_eos { eos.clone() } else { Vec::new() },
+            early: eos.iter().chain(&request.stop_tokens).copied().collect(),
+            early_tokens: request.min_tokens,
+        };
+        let choice = |index: usize| {
+            let sequence = SequenceId(self.next_id + index as u64);
+            let (sampling, vocab) = (request.sampling.clone(), self.options.vocab_text);
+            let sampler = Sampler::new(sampling, index, random_seed, vocab, bans.clone());
+            let constraint = request.grammar.as_ref().map(|g| g.start()).transpose()?;
+            let guide = constraint.map(|c| Guide::new(c, self.model.limits().vocab));
+            Ok(Choice::new(sequence, index, sampler, guide, request, &self.tokenizer))
+        };
+        (0..request.n).map(choice).collect()
     }
 
     /// Ends requests whose ticket was dropped.
@@ -206,10 +230,12 @@ impl Worker {
         let began = Instant::now();
         self.note_admissions(began);
         let rows = self.batch.logit_rows() * self.model.limits().vocab;
+        self.begin_masks();
         // A panic in a kernel must cost the requests of this step, not the engine. The model's state is its cache,
         // of which nothing that this step wrote is used again.
         let (model, batch, logits) = (&mut self.model, &self.batch, &mut self.logits[..rows]);
         let ran = catch_unwind(AssertUnwindSafe(|| model.forward(batch, logits)));
+        self.collect_masks();
         match ran {
             Ok(Ok(())) => {
                 self.scheduler.advance();
@@ -221,6 +247,35 @@ impl Worker {
         add(&self.counters.steps, 1);
         add(&self.counters.step_micros, began.elapsed().as_micros() as u64);
         true
+    }
+
+    /// Has the masks made that this step's tokens need.
+    fn begin_masks(&mut self) {
+        for sequence in &self.sampled {
+            let Some(open) = self.owners.get(sequence).and_then(|r| self.open.get_mut(r)) else { continue };
+            // The first row of logits is every answer's.
+            let first = open.first_token.is_none();
+            for choice in open.choices.iter_mut().filter(|c| first || c.sequence == *sequence) {
+                if let Some(guide) = choice.guide.take() {
+                    self.masks.begin(choice.sequence, guide);
+                }
+            }
+        }
+    }
+
+    fn collect_masks(&mut self) {
+        while let Some((sequence, outcome)) = self.masks.next() {
+            let Some(&request_id) = self.owners.get(&sequence) else { continue };
+            match outcome {
+                Ok(guide) => {
+                    let Some(open) = self.open.get_mut(&request_id) else { continue };
+                    if let Some(choice) = open.choices.iter_mut().find(|c| c.sequence == sequence) {
+                        choice.guide = Some(guide);
+                    }
+                }
+                Err(message) => self.fail(request_id, message),
+            }
+        }
     }
 
     fn note_admissions(&mut self, now: Instant) {
@@ -238,7 +293,7 @@ impl Worker {
         for (at, sequence) in std::mem::take(&mut self.sampled).into_iter().enumerate() {
             let Some(&request_id) = self.owners.get(&sequence) else { continue };
             let row = at * vocab..(at + 1) * vocab;
-            if let Err(message) = self.commit_row(request_id, sequence, row, now) {
+            if let Err(message) = guarded(|| self.commit_row(request_id, sequence, row, now)) {
                 self.fail(request_id, message);
             }
         }
@@ -280,17 +335,19 @@ impl Worker {
     ) -> Result<(), String> {
         let Some(open) = self.open.get_mut(&request_id) else { return Ok(()) };
         let (request, choice) = (&open.request, &mut open.choices[at]);
-        let logits = &self.logits[row];
-        let sampled = choice
-            .sampler
-            .sample(logits, &request.prompt, &choice.tokens, request.logprobs)
-            .ok_or("the model gave no finite logits")?;
-        add(&self.counters.generated_tokens, 1);
-        let eos = !request.ignore_eos && self.options.eos_tokens.contains(&sampled.id);
-        let ends = eos || request.stop_tokens.contains(&sampled.id);
-        self.scheduler.append(choice.sequence, sampled.id);
+        let ends: Vec<u32> = self.options.eos_tokens.iter().chain(&request.stop_tokens).copied().collect();
+        let sampled = choice.sample(&self.logits[row], request, &ends).map_err(|e| e.to_string())?;
+        if let Some(sampled) = &sampled {
+            add(&self.counters.generated_tokens, 1);
+            self.scheduler.append(choice.sequence, sampled.id);
+        }
         let mut events = Vec::new();
-        choice.commit(sampled, ends, request, &self.tokenizer, &mut events);
+        match sampled {
+            Some(sampled) if !choice.must_end() && !ends.contains(&sampled.id) => {
+                choice.commit(sampled, request, &self.tokenizer, &mut events)?;
+            }
+            end => choice.commit_end(end, request, &mut events),
+        }
         if choice.done {
             self.scheduler.finish(choice.sequence);
         }
@@ -351,6 +408,12 @@ impl Worker {
         set(&self.counters.sequences_running, self.scheduler.running() as u64);
         set(&self.counters.sequences_waiting, self.scheduler.waiting() as u64);
     }
+}
+
+/// Runs what must not hurt more than the one request it is done for.
+fn guarded<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err("the engine met an internal error in this request".into()))
 }
 
 impl Open {

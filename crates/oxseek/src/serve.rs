@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use oxseek_server::{AppState, Model};
+use oxseek_server::{AppState, Dialect, Model};
 use tokio::net::TcpListener;
 
 use crate::{args::ServeArgs, failure::Failure, open::open_engine};
@@ -29,6 +29,7 @@ async fn listen(args: ServeArgs) -> Result<(), Failure> {
             let engine = opened.engine.clone();
             state.ready(Model {
                 name: opened.name,
+                dialect: Dialect::new(opened.template.as_ref(), opened.engine.tokenizer()),
                 engine: opened.engine,
                 template: opened.template,
                 bos: opened.bos,

@@ -17,6 +17,7 @@ use tokio::{
 };
 
 use crate::{
+    docs::docs,
     doors::Doors,
     error::ApiError,
     health::health,
@@ -24,6 +25,7 @@ use crate::{
     messages,
     metrics::metrics,
     openai::{chat::chat_completions, completions::completions, models},
+    openapi::openapi,
     page::page,
     responses,
     socket::{self, generation},
@@ -97,6 +99,8 @@ fn router(state: AppState) -> (Router, Doors) {
         .route("/v1/models/{id}", get(models::retrieve))
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(completions))
+        .route("/openapi.json", get(openapi))
+        .route("/docs", get(docs))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .fallback(|| async { ApiError::no_such_route() })
@@ -109,7 +113,9 @@ fn router(state: AppState) -> (Router, Doors) {
         .route("/v1/responses/{id}", get(responses::retrieve).delete(responses::delete))
         .route("/v1/responses/{id}/cancel", post(responses::cancel))
         .route("/v1/responses/{id}/input_items", get(responses::input_items))
+        .route("/v1/responses/input_tokens", post(responses::input_tokens))
         .route("/v1/messages", post(messages::create))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .with_state(doors.clone());
     (http.merge(others), doors)
 }

@@ -7,6 +7,8 @@
 #![forbid(unsafe_code)]
 
 mod app;
+mod dialect;
+mod docs;
 mod doors;
 mod error;
 mod event_stream;
@@ -15,6 +17,7 @@ pub mod limits;
 mod messages;
 mod metrics;
 mod openai;
+mod openapi;
 mod page;
 mod relay;
 mod responses;
@@ -23,4 +26,7 @@ mod state;
 mod tokens;
 
 pub use app::serve;
+pub use dialect::Dialect;
+#[cfg(feature = "echo")]
+pub use socket::echo::serve_echo;
 pub use state::{AppState, Model};

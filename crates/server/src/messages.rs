@@ -15,14 +15,14 @@ use serde_json::{Value, json};
 
 use self::{
     output::Output,
-    request::{Asked, NAMES},
+    request::{Asked, NAMES, conversation},
 };
 use crate::{
     doors::Doors,
     error::ApiError,
     event_stream,
     openai::{body, fields::Fields},
-    relay::{Asker, Piece, Pieces, Refusal, Reply},
+    relay::{Asker, Piece, Pieces, Refusal, Reply, prompt},
 };
 
 /// An error in Anthropic's frame.
@@ -54,6 +54,38 @@ pub(crate) async fn create(State(doors): State<Doors>, request: Request) -> Resu
         }
     }
     Ok(Json(run.output.message()).into_response())
+}
+
+/// Reads a body without answering it.
+pub(crate) fn check(body: &[u8]) -> Result<(), ApiError> {
+    Asked::read(Fields::from_body(body)?).map(drop)
+}
+
+/// Reads a body of `count_tokens`; answers the chat body that it makes.
+fn read_count(body: &[u8]) -> Result<Value, ApiError> {
+    let mut fields = Fields::from_body(body)?;
+    let conversation = conversation(&mut fields)?;
+    fields.finish()?;
+    Ok(prompt(conversation))
+}
+
+/// Reads a body of `count_tokens` without answering it.
+pub(crate) fn check_count(body: &[u8]) -> Result<(), ApiError> {
+    read_count(body).map(drop)
+}
+
+/// How many tokens a conversation's prompt has.
+pub(crate) async fn count_tokens(
+    State(doors): State<Doors>,
+    request: Request,
+) -> Result<Json<Value>, Failure> {
+    let (parts, body) = request.into_parts();
+    let asker = Asker::new(&parts);
+    let body = body::read(&parts.headers, body).await?;
+    let body = doors.state.prepare(move || read_count(&body)).await?;
+    let counted = doors.relay.ask(&asker, "/tokenize", &body).await;
+    let counted = counted.map_err(|refusal| Failure(refusal.rename(&NAMES)))?;
+    Ok(Json(json!({"input_tokens": counted["count"]})))
 }
 
 /// A message that is being made. Dropping it ends it.

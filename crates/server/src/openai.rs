@@ -5,5 +5,8 @@ pub(crate) mod body;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod fields;
+pub(crate) mod messages;
 pub(crate) mod models;
 pub(crate) mod parameters;
+mod thinking;
+pub(crate) mod tools;

@@ -12,14 +12,17 @@ use axum::{
     http::{Extensions, HeaderMap, HeaderValue, Method, Request, StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
 };
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tower::ServiceExt;
 
 pub(crate) use self::{
     events::Events,
     pieces::{Ended, Piece, Pieces},
 };
-use crate::{error::ApiError, limits::ERROR_BODY_BYTES_MAX};
+use crate::{
+    error::ApiError,
+    limits::{BODY_BYTES_MAX, ERROR_BODY_BYTES_MAX},
+};
 
 /// The routes that doors lead to. Cheap to clone.
 #[derive(Clone)]
@@ -84,6 +87,22 @@ impl Relay {
         Reply::Refused(Refusal::read(response).await)
     }
 
+    /// Posts a body that asks for one JSON value.
+    pub(crate) async fn ask(
+        &self,
+        asker: &Asker,
+        path: &'static str,
+        body: &Value,
+    ) -> Result<Value, Refusal> {
+        let response = self.post(asker, path, body).await;
+        if !response.status().is_success() {
+            return Err(Refusal::read(response).await);
+        }
+        let bytes = to_bytes(response.into_body(), BODY_BYTES_MAX).await;
+        let value = bytes.ok().and_then(|b| serde_json::from_slice(&b).ok());
+        value.ok_or_else(|| ApiError::internal().into())
+    }
+
     async fn post(&self, asker: &Asker, path: &'static str, body: &Value) -> Response {
         let mut request = Request::new(Body::from(body.to_string()));
         *request.method_mut() = Method::POST;
@@ -93,6 +112,22 @@ impl Relay {
         let Ok(response) = self.0.clone().oneshot(request).await;
         response
     }
+}
+
+/// Of a body for the chat route, what the prompt is made of: a body for `/tokenize`.
+pub(crate) fn prompt(mut chat: Map<String, Value>) -> Value {
+    const KEPT: [&str; 8] = [
+        "model",
+        "messages",
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+        "thinking",
+        "reasoning_effort",
+        "chat_template_kwargs",
+    ];
+    chat.retain(|name, _| KEPT.contains(&name.as_str()));
+    chat.into()
 }
 
 impl Refusal {

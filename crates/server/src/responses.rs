@@ -8,9 +8,7 @@ mod store;
 
 use axum::{
     Json,
-    body::Body,
     extract::{Path, Request, State},
-    http::HeaderMap,
     response::{IntoResponse, Response},
 };
 use serde_json::{Map, Value, json};
@@ -26,7 +24,7 @@ use crate::{
     error::ApiError,
     event_stream,
     openai::{body, fields::Fields},
-    relay::{Asker, Refusal},
+    relay::{Asker, Refusal, prompt},
 };
 
 /// Most items of one page of input items, and how many there are by default.
@@ -37,7 +35,7 @@ const PAGE_DEFAULT: usize = 20;
 pub(crate) async fn create(State(doors): State<Doors>, request: Request) -> Result<Response, Refusal> {
     let (parts, body) = request.into_parts();
     let asker = Asker::new(&parts);
-    let body = read_body(&parts.headers, body).await?;
+    let body = body::read(&parts.headers, body).await?;
     let asked = doors.state.prepare(move || Asked::read(Fields::from_body(&body)?)).await?;
     let (stream, background) = (asked.stream, asked.background);
     let run = Run::begin(&doors, &asker, asked, &Memory::default()).await?;
@@ -59,8 +57,27 @@ pub(crate) async fn create(State(doors): State<Doors>, request: Request) -> Resu
     Ok(Json(response).into_response())
 }
 
-async fn read_body(headers: &HeaderMap, body: Body) -> Result<axum::body::Bytes, ApiError> {
-    body::read(headers, body).await
+/// Reads a body without answering it.
+pub(crate) fn check(body: &[u8]) -> Result<(), ApiError> {
+    Asked::read(Fields::from_body(body)?).map(drop)
+}
+
+/// How many tokens a request's prompt has.
+pub(crate) async fn input_tokens(
+    State(doors): State<Doors>,
+    request: Request,
+) -> Result<Json<Value>, Refusal> {
+    let (parts, body) = request.into_parts();
+    let asker = Asker::new(&parts);
+    let body = body::read(&parts.headers, body).await?;
+    let asked = doors.state.prepare(move || Asked::read(Fields::from_body(&body)?)).await?;
+    let chat = match run::with_history(&doors, &asker, asked, &Memory::default()).await? {
+        (_, _, Value::Object(chat)) => chat,
+        _ => Map::new(),
+    };
+    let counted = doors.relay.ask(&asker, "/tokenize", &prompt(chat)).await;
+    let counted = counted.map_err(|refusal| refusal.rename(&request::NAMES))?;
+    Ok(Json(json!({"object": "response.input_tokens", "input_tokens": counted["count"]})))
 }
 
 /// A response that was stored.

@@ -5,6 +5,8 @@
 //! end.
 
 mod connection;
+#[cfg(feature = "echo")]
+pub(crate) mod echo;
 pub(crate) mod generation;
 pub(crate) mod responses;
 
@@ -98,6 +100,11 @@ fn is_same_origin(headers: &HeaderMap) -> bool {
 /// A message from the client, as the JSON that it must be.
 fn parse(text: &str) -> Result<Value, ApiError> {
     serde_json::from_str(text).map_err(|e| ApiError::body(format!("the message is not valid JSON: {e}")))
+}
+
+/// The error of a message that is no text.
+fn binary(bytes: usize) -> ApiError {
+    ApiError::body(format!("messages are JSON texts; this one has {bytes} bytes of binary"))
 }
 
 /// The message that tells an error; `id` is null when it belongs to no request.

@@ -9,7 +9,7 @@ use oxseek_engine::{EngineHandle, Sampling};
 use oxseek_text::ChatTemplate;
 use tokio::sync::Semaphore;
 
-use crate::{error::ApiError, limits::PREPARE_TASKS_MAX};
+use crate::{dialect::Dialect, error::ApiError, limits::PREPARE_TASKS_MAX};
 
 /// The model that is served.
 pub struct Model {
@@ -19,6 +19,8 @@ pub struct Model {
     pub engine: EngineHandle,
     /// How conversations become prompts; models without one only complete text.
     pub template: Option<ChatTemplate>,
+    /// How it writes its turns.
+    pub dialect: Dialect,
     /// Text of the token that begins a prompt; empty for none.
     pub bos: String,
     /// Text of the token that ends an answer.

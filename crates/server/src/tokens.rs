@@ -1,8 +1,8 @@
-//! `POST /tokenize` and `POST /detokenize`, in vLLM's shape; llama-server's names are taken too.
-
-use std::sync::Arc;
+//! `POST /tokenize` and `POST /detokenize`, in vLLM's shape; llama-server's names are taken too. A conversation is
+//! rendered as the chat route would, with tools and thinking.
 
 use axum::{Json, body::Body, extract::State, http::HeaderMap};
+use oxseek_engine::Request;
 use oxseek_text::{ControlTokens, Tokenizer};
 use serde_json::{Value, json};
 
@@ -10,6 +10,7 @@ use crate::{
     error::ApiError,
     openai::{
         body,
+        chat::Conversation,
         fields::Fields,
         parameters::{check_model, either, token_ids},
     },
@@ -38,29 +39,50 @@ pub(crate) async fn detokenize(
     state.prepare(move || text_of(&model, &body)).await.map(Json)
 }
 
-fn tokens_of(model: &Arc<Model>, body: &[u8]) -> Result<Value, ApiError> {
+/// Reads a body of `/tokenize` without answering it.
+pub(crate) fn check(model: &Model, body: &[u8]) -> Result<(), ApiError> {
+    tokens_of(model, body).map(drop)
+}
+
+/// Reads a body of `/detokenize` without answering it.
+pub(crate) fn check_back(model: &Model, body: &[u8]) -> Result<(), ApiError> {
+    text_of(model, body).map(drop)
+}
+
+fn tokens_of(model: &Model, body: &[u8]) -> Result<Value, ApiError> {
     let mut fields = Fields::from_body(body)?;
     check_model(&mut fields, model)?;
     let prompt = fields.string("prompt")?;
     let content = fields.string("content")?;
+    if prompt.is_some() && content.is_some() {
+        return Err(ApiError::invalid("content", "is another name of prompt: give one"));
+    }
     // vLLM adds the token that begins a text unless it is told not to, llama-server adds it only when it is told to.
     let begins = either(&mut fields, "add_special_tokens", "add_special", Fields::boolean)?;
     let begins = begins.unwrap_or(prompt.is_some());
     let parses = fields.boolean("parse_special")?.unwrap_or(true);
     let strings = fields.boolean("return_token_strs")?.unwrap_or(false);
     let pieces = fields.boolean("with_pieces")?.unwrap_or(false);
+    let conversation =
+        if fields.has("messages") { Some(Conversation::take(&mut fields, model)?) } else { None };
     fields.finish()?;
-    let text = match (prompt, content) {
-        (Some(text), None) | (None, Some(text)) => text,
-        (None, None) => return Err(ApiError::invalid("prompt", "is missing")),
-        (Some(_), Some(_)) => {
-            return Err(ApiError::invalid("content", "is another name of prompt: give one"));
-        }
-    };
     let tokenizer = model.engine.tokenizer();
-    let control = if parses { ControlTokens::Parse } else { ControlTokens::AsText };
-    let mut ids: Vec<u32> = tokenizer.token_id(&model.bos).filter(|_| begins).into_iter().collect();
-    ids.extend(tokenizer.encode(&text, control).map_err(|e| ApiError::invalid("prompt", e.to_string()))?);
+    let ids = match (prompt.or(content), conversation) {
+        (None, Some(conversation)) => {
+            let mut request = Request::default();
+            conversation.apply(model, &mut request)?;
+            request.prompt
+        }
+        (Some(text), None) => {
+            let control = if parses { ControlTokens::Parse } else { ControlTokens::AsText };
+            let mut ids: Vec<u32> = tokenizer.token_id(&model.bos).filter(|_| begins).into_iter().collect();
+            let encoded = tokenizer.encode(&text, control);
+            ids.extend(encoded.map_err(|e| ApiError::invalid("prompt", e.to_string()))?);
+            ids
+        }
+        (None, None) => return Err(ApiError::invalid("prompt", "is missing")),
+        (Some(_), Some(_)) => return Err(ApiError::invalid("messages", "contradicts prompt: give one")),
+    };
     let strings = strings.then(|| ids.iter().map(|&id| tokenizer.decode(&[id])).collect::<Vec<_>>());
     let tokens: Vec<Value> = ids.iter().map(|&id| token(tokenizer, id, pieces)).collect();
     Ok(json!({
@@ -81,7 +103,7 @@ fn token(tokenizer: &Tokenizer, id: u32, with_piece: bool) -> Value {
     json!({"id": id, "piece": piece})
 }
 
-fn text_of(model: &Arc<Model>, body: &[u8]) -> Result<Value, ApiError> {
+fn text_of(model: &Model, body: &[u8]) -> Result<Value, ApiError> {
     let mut fields = Fields::from_body(body)?;
     check_model(&mut fields, model)?;
     let tokens = fields.list("tokens")?.ok_or_else(|| ApiError::invalid("tokens", "is missing"))?;

@@ -264,3 +264,316 @@ fn a_server_that_stops_ends_its_sockets_after_their_answers() {
     assert!(busy.next().is_none());
     wait_until("the end of the request", || engine.stats().finished == 1);
 }
+
+// ---- /v1/responses and /v1/messages ---------------------------------------------------------------------------------
+
+fn request(server: &Server, method: &str, path: &str) -> (u16, Value) {
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
+        server.address
+    );
+    let answer = server.raw(head.as_bytes());
+    (answer.status, answer.json())
+}
+
+/// The events of a stream whose frames have names, which must be the types of what they hold.
+fn named_events(server: &Server, path: &str, body: &Value) -> Vec<Value> {
+    let answer = server.post(path, body.to_string().as_bytes());
+    assert_eq!(answer.status, 200, "{answer:?}");
+    assert!(answer.head.contains("content-type: text/event-stream"), "{answer:?}");
+    let mut frames: Vec<&str> = answer.body.split("\n\n").collect();
+    assert_eq!(frames.pop(), Some(""), "a frame ends with an empty line");
+    let event = |frame: &str| {
+        let (name, data) = frame.split_once('\n').unwrap();
+        let event: Value = serde_json::from_str(data.strip_prefix("data: ").unwrap()).unwrap();
+        assert_eq!(event["type"], name.strip_prefix("event: ").unwrap());
+        event
+    };
+    frames.into_iter().map(event).collect()
+}
+
+fn weather_tool() -> Value {
+    json!({"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]})
+}
+
+/// What a response says, without what differs from one to the next.
+fn said(response: &Value) -> Vec<Value> {
+    let part = |item: &Value| match item["type"].as_str().unwrap() {
+        "function_call" => json!([item["name"], item["arguments"]]),
+        _ => json!([item["type"], item["content"][0]["text"]]),
+    };
+    response["output"].as_array().unwrap().iter().map(part).collect()
+}
+
+#[test]
+fn a_response_is_the_chat_routes_answer() {
+    let (server, engine) = Server::ready(2, 2);
+    let mut body = json!({
+        "input": "Tell me a story about a cat.", "temperature": 0, "max_output_tokens": 60,
+        "reasoning": {"effort": "low"}, "metadata": {"a": "b"},
+    });
+    let (status, response) = post(&server, "/v1/responses", &body);
+    assert_eq!(status, 200, "{response}");
+    let mut chat = story("a cat", 60);
+    chat["reasoning_effort"] = json!("low");
+    chat["ignore_eos"] = json!(false);
+    let (_, whole) = post(&server, "/v1/chat/completions", &chat);
+    let message = &whole["choices"][0]["message"];
+    let mut want = Vec::new();
+    for (kind, name) in [("reasoning", "reasoning_content"), ("message", "content")] {
+        if message[name].as_str().is_some_and(|t| !t.is_empty()) {
+            want.push(json!([kind, message[name]]));
+        }
+    }
+    assert_eq!(said(&response), want);
+    assert_eq!(response["usage"]["input_tokens"], whole["usage"]["prompt_tokens"]);
+    assert_eq!(response["usage"]["output_tokens"], whole["usage"]["completion_tokens"]);
+    assert_eq!(response["metadata"], json!({"a": "b"}));
+    // A stream tells the same, and its last event the whole response.
+    body["stream"] = json!(true);
+    let events = named_events(&server, "/v1/responses", &body);
+    let last = &events.last().unwrap()["response"];
+    assert_eq!(said(last), want);
+    assert_eq!(last["status"], response["status"]);
+    let deltas: String = events
+        .iter()
+        .filter(|e| e["type"] == "response.output_text.delta")
+        .map(|e| e["delta"].as_str().unwrap())
+        .collect();
+    assert_eq!(deltas, message["content"].as_str().unwrap_or_default());
+    // It can be asked for again, and deleted.
+    let path = format!("/v1/responses/{}", last["id"].as_str().unwrap());
+    assert_eq!(request(&server, "GET", &path), (200, last.clone()));
+    let (_, items) = request(&server, "GET", &format!("{path}/input_items?order=asc&limit=5"));
+    assert_eq!(items["data"][0]["content"][0]["text"], "Tell me a story about a cat.");
+    assert_eq!(request(&server, "DELETE", &path).0, 200);
+    assert_eq!(request(&server, "GET", &path).0, 404);
+    wait_until("free blocks", || engine.stats().blocks_used == 0);
+}
+
+#[test]
+fn a_response_continues_the_one_before() {
+    let (server, _engine) = Server::ready(2, 2);
+    let ask = |body: Value| {
+        let (status, response) = post(&server, "/v1/responses", &body);
+        assert_eq!(status, 200, "{response}");
+        response
+    };
+    let first = ask(json!({"input": "Hello!", "temperature": 0, "max_output_tokens": 30}));
+    let text = first["output"][0]["content"][0]["text"].as_str().unwrap();
+    let second = json!({"input": "And then?", "temperature": 0, "max_output_tokens": 20});
+    let mut continued = second.clone();
+    continued["previous_response_id"] = first["id"].clone();
+    let continued = ask(continued);
+    let mut whole = second.clone();
+    whole["input"] = json!([
+        {"role": "user", "content": "Hello!"}, {"role": "assistant", "content": text},
+        {"role": "user", "content": "And then?"},
+    ]);
+    assert_eq!(said(&continued), said(&ask(whole)));
+    let counted = json!({"input": "And then?", "previous_response_id": first["id"]});
+    assert_eq!(
+        post(&server, "/v1/responses/input_tokens", &counted).1["input_tokens"],
+        continued["usage"]["input_tokens"]
+    );
+    let lost = json!({"input": "a", "previous_response_id": "resp_0"});
+    let (status, e) = post(&server, "/v1/responses", &lost);
+    assert_eq!((status, &e["error"]["code"]), (400, &json!("previous_response_not_found")));
+}
+
+#[test]
+fn a_response_in_the_background_can_be_cancelled() {
+    let (server, engine) = Server::ready(2, 2);
+    let body = json!({"input": "Tell me a story.", "temperature": 0, "background": true, "logit_bias": {}});
+    let (_, begun) = post(&server, "/v1/responses", &body);
+    let path = format!("/v1/responses/{}", begun["id"].as_str().unwrap());
+    assert_eq!(begun["status"], "in_progress");
+    assert_eq!(request(&server, "POST", &format!("{path}/cancel")).1["status"], "cancelled");
+    wait_until("the end", || request(&server, "GET", &path).1["status"] != "in_progress");
+    wait_until("free blocks", || engine.stats().blocks_used == 0);
+    let (_, done) = post(&server, "/v1/responses", &body);
+    let path = format!("/v1/responses/{}", done["id"].as_str().unwrap());
+    wait_until("the answer", || request(&server, "GET", &path).1["status"] == "completed");
+}
+
+#[test]
+fn a_socket_of_responses_remembers_its_last_one() {
+    let (server, engine) = Server::ready(2, 2);
+    let mut socket = Socket::open(&server, "/v1/responses");
+    let mut create = json!({"type": "response.create", "input": "Hello!", "temperature": 0, "store": false,
+        "max_output_tokens": 30});
+    let mut turn = |body: &Value| {
+        socket.send(body);
+        let mut events = Vec::new();
+        loop {
+            let event = socket.next().unwrap();
+            let kind = event["type"].as_str().unwrap().to_string();
+            events.push(event);
+            if matches!(kind.as_str(), "response.completed" | "response.incomplete" | "error") {
+                return events;
+            }
+        }
+    };
+    let first = turn(&create);
+    assert_eq!(first[0]["type"], "response.created");
+    let id = first.last().unwrap()["response"]["id"].clone();
+    create["previous_response_id"] = id.clone();
+    create["input"] = json!("And then?");
+    let second = turn(&create);
+    let response = &second.last().unwrap()["response"];
+    assert!(
+        response["usage"]["input_tokens"].as_u64()
+            > first.last().unwrap()["response"]["usage"]["input_tokens"].as_u64()
+    );
+    // The first one is forgotten, and nobody else ever knew it.
+    let lost = turn(&create);
+    assert_eq!(
+        (&lost[0]["status"], &lost[0]["error"]["code"]),
+        (&json!(400), &json!("previous_response_not_found"))
+    );
+    assert_eq!(request(&server, "GET", &format!("/v1/responses/{}", id.as_str().unwrap())).0, 404);
+    // One at a time; a cancel makes room.
+    create["previous_response_id"] = Value::Null;
+    create["max_output_tokens"] = json!(400);
+    socket.send(&create);
+    socket.send(&create);
+    socket.send(&json!({"type": "response.cancel"}));
+    let busy = loop {
+        let event = socket.next().unwrap();
+        if event["type"] == "error" {
+            break event;
+        }
+    };
+    assert!(busy["error"]["message"].as_str().unwrap().contains("one at a time"), "{busy}");
+    wait_until("free blocks", || engine.stats().blocks_used == 0);
+}
+
+#[test]
+fn a_message_is_the_chat_routes_answer() {
+    let (server, engine) = Server::ready(2, 2);
+    let mut body = json!({
+        "model": "oxseek-demo", "max_tokens": 60, "temperature": 0, "thinking": {"type": "enabled"},
+        "messages": [{"role": "user", "content": "Tell me a story about a cat."}],
+    });
+    let (status, message) = post(&server, "/v1/messages", &body);
+    assert_eq!(status, 200, "{message}");
+    let mut chat = story("a cat", 60);
+    chat["thinking"] = json!(true);
+    chat["ignore_eos"] = json!(false);
+    let (_, whole) = post(&server, "/v1/chat/completions", &chat);
+    let blocks = message["content"].as_array().unwrap();
+    assert_eq!(blocks[0]["thinking"], whole["choices"][0]["message"]["reasoning_content"]);
+    let text: String = blocks.iter().filter_map(|b| b["text"].as_str()).collect();
+    assert_eq!(text, whole["choices"][0]["message"]["content"].as_str().unwrap_or_default());
+    let usage = &message["usage"];
+    let input = usage["input_tokens"].as_u64().unwrap() + usage["cache_read_input_tokens"].as_u64().unwrap();
+    assert_eq!(json!(input), whole["usage"]["prompt_tokens"]);
+    body["stream"] = json!(true);
+    let events = named_events(&server, "/v1/messages", &body);
+    let delta = |name: &str| -> String { events.iter().filter_map(|e| e["delta"][name].as_str()).collect() };
+    assert_eq!(
+        (delta("thinking"), delta("text")),
+        (blocks[0]["thinking"].as_str().unwrap().to_string(), text)
+    );
+    assert_eq!(events.last().unwrap()["type"], "message_stop");
+    let count = json!({"model": "oxseek-demo", "messages": body["messages"], "thinking": body["thinking"]});
+    assert_eq!(post(&server, "/v1/messages/count_tokens", &count).1["input_tokens"], json!(input));
+    let (status, e) =
+        post(&server, "/v1/messages", &json!({"model": "oxseek-demo", "messages": body["messages"]}));
+    assert_eq!(
+        (status, &e["type"], &e["error"]["type"]),
+        (400, &json!("error"), &json!("invalid_request_error"))
+    );
+    wait_until("free blocks", || engine.stats().blocks_used == 0);
+}
+
+#[test]
+fn tools_are_called_through_every_door() {
+    let (server, _engine) = Server::ready(2, 2);
+    let question = "What is the weather in Paris?";
+    let described = json!({"name": "get_weather", "description": "Get the weather of a city."});
+    let with = |name: &str, base: &Value| {
+        let mut tool = base.clone();
+        tool[name] = weather_tool();
+        tool
+    };
+    let chat = json!({"temperature": 0, "messages": [{"role": "user", "content": question}],
+        "tools": [{"type": "function", "function": with("parameters", &described)}]});
+    let (_, whole) = post(&server, "/v1/chat/completions", &chat);
+    let call = &whole["choices"][0]["message"]["tool_calls"][0]["function"];
+    assert_eq!(call["name"], "get_weather", "{whole}");
+    let mut tool = with("parameters", &described);
+    tool["type"] = json!("function");
+    let (_, response) =
+        post(&server, "/v1/responses", &json!({"temperature": 0, "input": question, "tools": [tool]}));
+    assert_eq!(said(&response), [json!([call["name"], call["arguments"]])], "{response}");
+    let (_, message) = post(
+        &server,
+        "/v1/messages",
+        &json!({"model": "oxseek-demo", "max_tokens": 100,
+        "temperature": 0, "messages": [{"role": "user", "content": question}],
+        "tools": [with("input_schema", &described)]}),
+    );
+    let used = &message["content"][0];
+    assert_eq!(
+        (&used["type"], &used["name"], &message["stop_reason"]),
+        (&json!("tool_use"), &json!("get_weather"), &json!("tool_use")),
+        "{message}"
+    );
+    assert_eq!(used["input"], serde_json::from_str::<Value>(call["arguments"].as_str().unwrap()).unwrap());
+    // And the result goes back.
+    let again = json!({"model": "oxseek-demo", "max_tokens": 100, "temperature": 0, "tools": [with("input_schema", &described)],
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": message["content"]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": used["id"], "content": "sunny"}]}]});
+    let (status, answer) = post(&server, "/v1/messages", &again);
+    assert_eq!((status, &answer["content"][0]["type"]), (200, &json!("text")), "{answer}");
+}
+
+// ---- /openapi.json --------------------------------------------------------------------------------------------------
+
+#[test]
+fn the_document_and_the_parsers_agree() {
+    let (server, _engine) = Server::ready(2, 2);
+    let document = server.get("/openapi.json").json();
+    let send = |path: &str, body: &Value| {
+        let answer = server.post(path, body.to_string().as_bytes());
+        let error = if answer.status == 200 { Value::Null } else { answer.json()["error"].clone() };
+        (answer.status, error)
+    };
+    let mut fields = 0;
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        let reference = &methods["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"];
+        let Some(name) = reference.as_str().and_then(|r| r.rsplit('/').next()) else { continue };
+        let schema = &document["components"]["schemas"][name];
+        let example = &schema["examples"][0];
+        assert_eq!(send(path, example).0, 200, "{path}: {:?}", send(path, example).1);
+        // What is not in the document is refused by name.
+        let mut with = example.clone();
+        with["no_such_field"] = json!(1);
+        let (status, error) = send(path, &with);
+        assert_eq!(status, 400, "{path}: {error}");
+        assert!(error["message"].as_str().unwrap().contains("no_such_field"), "{path}: {error}");
+        // What is in it is known; a value of another type is refused by the field's name, and so is one past a bound.
+        for (field, of) in schema["properties"].as_object().unwrap() {
+            fields += 1;
+            let mut wrong = vec![json!({"no": ["such", "thing"]})];
+            for (bound, step) in [("minimum", -1.0), ("maximum", 1.0)] {
+                wrong.extend(of[bound].as_f64().map(|b| json!(b + step)));
+            }
+            if matches!(of["type"][0].as_str(), Some("object") | None) {
+                wrong = vec![json!([7.5])];
+            }
+            for value in wrong {
+                let mut with = example.clone();
+                with[field] = value.clone();
+                let (status, error) = send(path, &with);
+                let message = error["message"].as_str().unwrap_or_default();
+                assert_eq!(status, 400, "{path} {field} {value}: {message}");
+                assert!(!message.contains("is not a field"), "{path} {field}: {message}");
+            }
+        }
+    }
+    assert!(fields > 100, "{fields}");
+    let page = server.get("/docs");
+    assert!(page.status == 200 && page.head.contains("content-security-policy"), "{page:?}");
+}

@@ -8,12 +8,11 @@ use crate::{
 };
 
 /// Names of the chat route's fields, and of what they came from here.
-pub(crate) const NAMES: [(&str, &str); 5] = [
+pub(crate) const NAMES: [(&str, &str); 4] = [
     ("max_completion_tokens", "max_tokens"),
     ("stop", "stop_sequences"),
     ("reasoning_effort", "output_config.effort"),
     ("response_format", "output_config.format"),
-    ("thinking.budget_tokens", "thinking.budget_tokens"),
 ];
 
 /// What is asked for.

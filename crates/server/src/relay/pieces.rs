@@ -90,10 +90,7 @@ impl Pieces {
             self.ended.cached_tokens = count(&usage["prompt_tokens_details"]["cached_tokens"]);
             self.ended.reasoning_tokens = count(&usage["completion_tokens_details"]["reasoning_tokens"]);
         }
-        let choice = &mut chunk["choices"][0];
-        if choice.is_null() {
-            return;
-        }
+        let Some(choice) = chunk.pointer_mut("/choices/0") else { return };
         if let Some(reason) = choice["finish_reason"].as_str() {
             self.ended.reason = reason.into();
             self.ended.stop = choice["stop_reason"].as_str().map(str::to_string);

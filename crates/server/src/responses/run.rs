@@ -55,17 +55,7 @@ impl Run {
         memory: &Memory,
     ) -> Result<Self, Refusal> {
         let model = doors.state.model()?;
-        let history = match &asked.previous {
-            None => Vec::new(),
-            Some(id) => history(doors, asker, id, memory)?,
-        };
-        let (asked, history, body) = doors
-            .state
-            .prepare(move || {
-                let body = asked.chat_body(&history);
-                Ok((asked, history, body))
-            })
-            .await?;
+        let (asked, history, body) = with_history(doors, asker, asked, memory).await?;
         let events = match doors.relay.stream(asker, "/v1/chat/completions", &body).await {
             Reply::Stream(events) => events,
             Reply::Refused(refusal) => return Err(refusal.rename(&NAMES)),
@@ -166,6 +156,24 @@ impl Drop for Run {
             self.end();
         }
     }
+}
+
+/// A request, the items that it continues, and the chat body that both make.
+pub(super) async fn with_history(
+    doors: &Doors,
+    asker: &Asker,
+    asked: Asked,
+    memory: &Memory,
+) -> Result<(Asked, Vec<Arc<Value>>, Value), ApiError> {
+    let history = match &asked.previous {
+        None => Vec::new(),
+        Some(id) => history(doors, asker, id, memory)?,
+    };
+    let work = move || {
+        let body = asked.chat_body(&history);
+        Ok((asked, history, body))
+    };
+    doors.state.prepare(work).await
 }
 
 /// The items that a response continues.

@@ -32,7 +32,7 @@ pub(super) fn bounded(upgrade: WebSocketUpgrade) -> WebSocketUpgrade {
 /// What came in.
 pub(super) enum Incoming {
     Text(Utf8Bytes),
-    Binary,
+    Binary(Bytes),
     /// The client left, sent what is no WebSocket, or was silent for too long.
     Ended,
 }
@@ -65,7 +65,7 @@ impl Inbox {
             };
             match message {
                 Ok(Some(Ok(Message::Text(text)))) => return Incoming::Text(text),
-                Ok(Some(Ok(Message::Binary(_)))) => return Incoming::Binary,
+                Ok(Some(Ok(Message::Binary(bytes)))) => return Incoming::Binary(bytes),
                 // Pings are answered by the library; a pong shows that the client lives.
                 Ok(Some(Ok(Message::Ping(_) | Message::Pong(_)))) => {}
                 Ok(Some(Err(e))) => {
@@ -86,6 +86,12 @@ impl Outbox {
     /// Sends a message; false when nobody will read it.
     pub(super) async fn send(&self, text: String) -> bool {
         self.0.send(Message::Text(text.into())).await.is_ok()
+    }
+
+    /// As [`Outbox::send`], of bytes.
+    #[cfg(feature = "echo")]
+    pub(super) async fn send_binary(&self, bytes: Bytes) -> bool {
+        self.0.send(Message::Binary(bytes)).await.is_ok()
     }
 
     /// Says good-bye.

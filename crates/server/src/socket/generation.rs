@@ -34,7 +34,7 @@ use tokio::{
 };
 
 use super::{
-    Place,
+    Place, binary,
     connection::{Incoming, Outbox, split},
     error_message, parse,
 };
@@ -74,8 +74,8 @@ async fn run(socket: WebSocket, place: Place) {
                         outbox.send(error_message(None, None, &e.to_json()["error"])).await;
                     }
                 }
-                Incoming::Binary => {
-                    let e = ApiError::body("messages are JSON texts, not binary");
+                Incoming::Binary(bytes) => {
+                    let e = binary(bytes.len());
                     outbox.send(error_message(None, None, &e.to_json()["error"])).await;
                 }
                 Incoming::Ended => break,

@@ -15,7 +15,7 @@ use axum::{
 use serde_json::{Value, json};
 
 use super::{
-    Place,
+    Place, binary,
     connection::{Incoming, Outbox, split},
     parse,
 };
@@ -46,7 +46,7 @@ async fn run(socket: WebSocket, mut place: Place) {
                 let taken = match incoming {
                     Incoming::Text(_) if is_closing => Err(ApiError::stopped().into()),
                     Incoming::Text(text) => session.take(&place, &text).await,
-                    Incoming::Binary => Err(ApiError::body("messages are JSON texts, not binary").into()),
+                    Incoming::Binary(bytes) => Err(binary(bytes.len()).into()),
                     Incoming::Ended => break,
                 };
                 if let Err(refusal) = taken {

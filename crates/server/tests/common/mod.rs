@@ -12,7 +12,7 @@ use std::{
 use oxseek_backend_cpu::{CpuBackend, CpuOptions};
 use oxseek_engine::{Engine, EngineHandle, EngineOptions, Sampling};
 use oxseek_model::{DeepSeek, LoadOptions, kv::blocks_for};
-use oxseek_server::{AppState, Model};
+use oxseek_server::{AppState, Dialect, Model};
 use oxseek_tensor::CacheFormat;
 use oxseek_text::{ChatTemplate, Tokenizer};
 use oxseek_weights::Checkpoint;
@@ -78,10 +78,12 @@ impl Server {
         };
         let (bos, eos) = (tokenizer.decode(&[bos]), tokenizer.decode(&[eos]));
         let engine = Engine::start(Box::new(model), Arc::new(tokenizer), engine_options);
+        let template = ChatTemplate::from_files(tokenizer_config, None).unwrap();
         self.state.ready(Model {
             name: "oxseek-demo".into(),
+            dialect: Dialect::new(template.as_ref(), engine.tokenizer()),
             engine: engine.clone(),
-            template: ChatTemplate::from_files(tokenizer_config, None).unwrap(),
+            template,
             bos,
             eos,
             sampling: Sampling::default(),
