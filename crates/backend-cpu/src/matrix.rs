@@ -90,9 +90,16 @@ pub(crate) struct Product<'a> {
     pub(crate) out_stride: usize,
     pub(crate) out_rows: &'a [u32],
     pub(crate) output: Output<'a>,
+    /// Weights of the same shape that this thread is likely to read next ([`MatrixRef::place`]), or null.
+    pub(crate) then: *const u8,
 }
 
 impl MatrixRef {
+    /// Where row `row` is read from, or null when that is made up on the way.
+    pub(crate) fn place(&self, row: usize) -> *const u8 {
+        self.panel.map_or(std::ptr::null(), |w| w.group(row / GROUP_ROWS))
+    }
+
     /// What its inputs are rounded to.
     pub(crate) fn rounding(&self) -> Option<Rounding> {
         self.format.map(PackedFormat::rounding)
@@ -131,6 +138,7 @@ impl MatrixRef {
             out_stride: p.out_stride,
             out_rows: p.out_rows,
             output: p.output,
+            then: p.then,
         };
         if let Some(w) = self.panel {
             // SAFETY: the caller's promise.

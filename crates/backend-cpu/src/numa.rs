@@ -99,6 +99,25 @@ impl Nodes {
         bound(node)..bound(node + 1)
     }
 
+    /// The part of a node's range that belongs to a thread.
+    pub(crate) fn share(&self, thread: usize, n: usize) -> Range<usize> {
+        let node = self.of_thread(thread);
+        let (range, threads) = (self.range(node, n), self.threads(node));
+        let bound = |thread: usize| range.start + range.len() * (thread - threads.start) / threads.len();
+        bound(thread)..bound(thread + 1)
+    }
+
+    fn threads(&self, node: usize) -> Range<usize> {
+        self.first_thread[node]..self.first_thread[node + 1]
+    }
+
+    /// All threads, from a thread's own point of view: itself, those of its node, the others.
+    pub(crate) fn nearest(&self, thread: usize) -> impl Iterator<Item = usize> + use<> {
+        let (near, all) = (self.threads(self.of_thread(thread)), self.first_thread[self.count()]);
+        let own = (thread..near.end).chain(near.start..thread);
+        own.chain(near.end..all).chain(0..near.start)
+    }
+
     /// The node that thing `i` of `n` belongs to.
     pub(crate) fn of(&self, i: usize, n: usize) -> usize {
         (0..self.count()).find(|node| self.range(*node, n).contains(&i)).unwrap_or(0)
@@ -252,6 +271,19 @@ pub(crate) mod tests {
         }
         let alone = Nodes::new(two_nodes(6, 2), 1);
         assert_eq!((alone.count(), alone.of_thread(0), alone.range(0, 9)), (1, 0, 0..9));
+    }
+
+    #[test]
+    fn shares_follow_each_other_and_threads_look_near_first() {
+        let nodes = Nodes::new(two_nodes(6, 2), 4);
+        assert_eq!(nodes.nearest(1).collect::<Vec<_>>(), [1, 2, 0, 3]);
+        assert_eq!(nodes.nearest(3).collect::<Vec<_>>(), [3, 0, 1, 2]);
+        for nodes in [nodes, Nodes::new(Topology::default(), 4)] {
+            for n in 0..20 {
+                let all: Vec<usize> = (0..4).flat_map(|thread| nodes.share(thread, n)).collect();
+                assert_eq!(all, (0..n).collect::<Vec<_>>());
+            }
+        }
     }
 
     #[test]

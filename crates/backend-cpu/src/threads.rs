@@ -1,7 +1,9 @@
 //! A persistent pool of threads that forks and joins once per op.
 //!
-//! Tasks are claimed from a counter, so a slow or sleeping thread only does fewer of them: a fork never waits for a
-//! thread to wake up, only for those that have begun to work. That keeps 8 threads on 2 cores from crawling.
+//! Each thread has a share of the tasks that follow each other, so that what it reads is one stream of memory. Tasks
+//! are claimed from the share's counter, by others too once they have none left: a slow or sleeping thread only does
+//! fewer of them, and a fork never waits for a thread to wake up, only for those that have begun to work. That keeps 8
+//! threads on 2 cores from crawling.
 #![allow(unsafe_code, reason = "a job's closure is lent to other threads for the time of one fork")]
 
 use std::{
@@ -26,12 +28,13 @@ const SPIN_ROUNDS: usize = 64;
 /// One fork: `work(task, thread)` for every task below `tasks`.
 struct Job<'a> {
     work: &'a (dyn Fn(usize, usize) + Sync),
-    /// What is left of each node's tasks.
+    /// What is left of each thread's share.
     claims: &'a [Claims],
+    nodes: &'a Nodes,
     panicked: AtomicBool,
 }
 
-/// The tasks of a node: claimed from a counter, by its own threads first. Counters of two nodes share no cache line.
+/// The tasks of a thread, claimed from a counter. Counters of two threads share no cache line.
 #[repr(align(128))]
 #[derive(Default)]
 struct Claims {
@@ -73,7 +76,7 @@ impl Pool {
             asleep: (1..threads.max(1)).map(|_| AtomicBool::new(false)).collect(),
             stop: AtomicBool::new(false),
         });
-        let claims = (0..nodes.count()).map(|_| Claims::default()).collect();
+        let claims = (0..threads.max(1)).map(|_| Claims::default()).collect();
         let mut pool =
             Self { shared, workers: Vec::new(), handles: Vec::new(), nodes, claims, forking: None };
         for worker in 0..pool.shared.asleep.len() {
@@ -81,9 +84,8 @@ impl Pool {
             let handle = thread::Builder::new()
                 .name(format!("oxseek-cpu-{}", worker + 1))
                 .spawn(move || {
-                    let node = nodes.of_thread(worker + 1);
-                    nodes.enter(node);
-                    work_until_stopped(&shared, worker, node);
+                    nodes.enter(nodes.of_thread(worker + 1));
+                    work_until_stopped(&shared, worker);
                 })
                 .map_err(|e| Error::Device(format!("cannot start thread {}: {e}", worker + 1)))?;
             pool.workers.push(handle.thread().clone());
@@ -104,18 +106,18 @@ impl Pool {
     /// [`Error::Device`] when a task panicked; the others have run.
     pub(crate) fn run(&mut self, tasks: usize, work: &(dyn Fn(usize, usize) + Sync)) -> Result<(), Error> {
         self.pin_forking();
-        for (node, claims) in self.claims.iter().enumerate() {
-            let range = self.nodes.range(node, tasks);
-            claims.next.store(range.start, SeqCst);
-            claims.end.store(range.end, SeqCst);
+        for (thread, claims) in self.claims.iter().enumerate() {
+            let share = self.nodes.share(thread, tasks);
+            claims.next.store(share.start, SeqCst);
+            claims.end.store(share.end, SeqCst);
         }
-        let job = Job { work, claims: &self.claims, panicked: AtomicBool::new(false) };
+        let job = Job { work, claims: &self.claims, nodes: &self.nodes, panicked: AtomicBool::new(false) };
         if tasks > 1 && !self.workers.is_empty() {
             self.open(&job);
-            claim_tasks(&job, 0, 0);
+            claim_tasks(&job, 0);
             self.close();
         } else {
-            claim_tasks(&job, 0, 0);
+            claim_tasks(&job, 0);
         }
         if job.panicked.load(SeqCst) {
             return Err(Error::Device("a CPU kernel panicked; the step is lost".into()));
@@ -171,12 +173,13 @@ impl Drop for Pool {
     }
 }
 
-/// Runs tasks until none is left: those of the own node, then those of others.
-fn claim_tasks(job: &Job<'_>, thread: usize, node: usize) {
-    for i in 0..job.claims.len() {
-        let claims = &job.claims[(node + i) % job.claims.len()];
+/// Runs tasks until none is left: the thread's own, then those of its node, then those of others.
+fn claim_tasks(job: &Job<'_>, thread: usize) {
+    for owner in job.nodes.nearest(thread) {
+        let claims = &job.claims[owner];
         let end = claims.end.load(SeqCst);
-        loop {
+        // Looking is cheaper than claiming, and most shares of others are empty when a thread has done its own.
+        while claims.next.load(SeqCst) < end {
             let task = claims.next.fetch_add(1, SeqCst);
             if task >= end {
                 break;
@@ -188,7 +191,7 @@ fn claim_tasks(job: &Job<'_>, thread: usize, node: usize) {
     }
 }
 
-fn work_until_stopped(shared: &Shared, worker: usize, node: usize) {
+fn work_until_stopped(shared: &Shared, worker: usize) {
     let mut seen = 0;
     while !shared.stop.load(SeqCst) {
         let forks = shared.forks.load(SeqCst);
@@ -202,7 +205,7 @@ fn work_until_stopped(shared: &Shared, worker: usize, node: usize) {
         if !job.is_null() {
             // SAFETY: `inside` was raised before `job` was read, both sequentially consistent. If the pointer is not
             // null, `close` has not yet taken it down, and it will wait for `inside` to fall before the job dies.
-            claim_tasks(unsafe { &*job }, worker + 1, node);
+            claim_tasks(unsafe { &*job }, worker + 1);
         }
         shared.inside.fetch_sub(1, SeqCst);
     }

@@ -185,7 +185,8 @@ impl AnswerText {
     }
 }
 
-fn token_info(sampled: Sampled, tokenizer: &Tokenizer) -> TokenInfo {
+/// A token with its bytes; its text is not known yet.
+pub(crate) fn token_info(sampled: Sampled, tokenizer: &Tokenizer) -> TokenInfo {
     let bytes = |id| tokenizer.token_bytes(id).to_vec();
     TokenInfo {
         id: sampled.id,

@@ -77,6 +77,17 @@ pub struct Request {
     pub logprobs: Option<usize>,
     /// What the answers may say; none lets them say anything.
     pub grammar: Option<Arc<dyn Grammar>>,
+    /// Report the log-probability of every token of the prompt but the first, and this many of the most likely ones.
+    /// The whole prompt is computed then, whatever is in the cache.
+    pub prompt_logprobs: Option<usize>,
+    /// Report how far the prompt is ([`Event::Progress`]).
+    pub progress: bool,
+    /// Only requests with the same salt share cached beginnings.
+    pub cache_salt: Option<Arc<str>>,
+    /// Whom the request is for: tenants of equal priority take turns by tokens.
+    pub tenant: u64,
+    /// Smaller goes first, as in vLLM.
+    pub priority: i32,
 }
 
 impl Default for Request {
@@ -93,6 +104,11 @@ impl Default for Request {
             sampling: Sampling::default(),
             logprobs: None,
             grammar: None,
+            prompt_logprobs: None,
+            progress: false,
+            cache_salt: None,
+            tenant: 0,
+            priority: 0,
         }
     }
 }
@@ -116,6 +132,8 @@ pub struct EngineLimits {
     pub logprobs_max: usize,
     /// Most entries of the logit bias.
     pub logit_bias_max: usize,
+    /// Rows of logits in a step that prompts may be scored with; without any, `prompt_logprobs` is refused.
+    pub score_rows_max: usize,
 }
 
 /// A request that an engine cannot take. The message never quotes the prompt.
@@ -131,6 +149,25 @@ pub struct RequestError {
 /// A request that is valid by construction: every id and every size is within the engine's limits.
 pub struct ValidRequest(pub(crate) Request);
 
+impl ValidRequest {
+    /// Most tokens that the request can take: its prompt and all of its answers at their longest.
+    pub fn tokens_max(&self) -> usize {
+        self.0.prompt.len() + self.0.n * self.0.max_tokens.unwrap_or(0)
+    }
+
+    /// Makes it the request of a tenant: tenants take turns, and share no beginnings in the cache. 0 is nobody.
+    #[must_use]
+    pub fn on_behalf_of(mut self, tenant: u64) -> Self {
+        self.0.tenant = tenant;
+        if tenant != 0 {
+            // A salt of the client's own stays apart too.
+            let own = self.0.cache_salt.as_deref().unwrap_or_default();
+            self.0.cache_salt = Some(format!("{tenant:016x}/{own}").into());
+        }
+        self
+    }
+}
+
 impl Request {
     /// Checks the request against an engine's limits.
     ///
@@ -145,6 +182,12 @@ impl Request {
         })?;
         refuse_if(self.logprobs.is_some_and(|n| n > limits.logprobs_max), "logprobs", || {
             format!("at most {} alternatives", limits.logprobs_max)
+        })?;
+        refuse_if(self.prompt_logprobs.is_some_and(|n| n > limits.logprobs_max), "prompt_logprobs", || {
+            format!("at most {} alternatives", limits.logprobs_max)
+        })?;
+        refuse_if(self.prompt_logprobs.is_some() && limits.score_rows_max == 0, "prompt_logprobs", || {
+            "this engine was made without room for logits of prompts".into()
         })?;
         let asked = self.max_tokens.unwrap_or(usize::MAX);
         refuse_if(self.min_tokens > asked, "min_tokens", || format!("is more than max_tokens, {asked}"))?;
@@ -223,6 +266,23 @@ fn within(field: &'static str, value: f32, from: f32, to: f32) -> Result<(), Req
 /// What a request's reader gets, in order.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
+    /// The prompt is being computed. Comes after a step that left a part of it, where asked for, and is left out when
+    /// the reader is behind.
+    Progress {
+        /// Tokens of the prompt that are in the cache.
+        done: usize,
+        /// Tokens of the prompt.
+        total: usize,
+        /// Tokens that were in the cache already.
+        cached: usize,
+    },
+    /// Log-probabilities of the prompt, in order, where asked for. Comes before the first delta, in one or more pieces.
+    PromptLogprobs {
+        /// Place of the first of the tokens in the prompt; the very first token of the prompt has no probability.
+        start: usize,
+        /// The tokens.
+        tokens: Vec<TokenInfo>,
+    },
     /// More of an answer.
     Delta {
         /// Which of the `n` answers.
@@ -298,6 +358,8 @@ pub struct Usage {
     pub completion_tokens: usize,
     /// Prompt tokens that were in the cache already.
     pub cached_tokens: usize,
+    /// From submission to leaving the queue.
+    pub queue: Duration,
     /// From leaving the queue to the first token.
     pub prefill: Duration,
     /// From the first token to the last.
@@ -319,6 +381,7 @@ mod tests {
         stop_tokens_max: 4,
         logprobs_max: 20,
         logit_bias_max: 3,
+        score_rows_max: 4,
     };
 
     fn sampling(change: impl FnOnce(&mut Sampling)) -> Request {
@@ -349,6 +412,7 @@ mod tests {
             ("stop_token_ids", request(|r| r.stop_tokens = vec![50])),
             ("stop_token_ids", request(|r| r.stop_tokens = vec![1; 5])),
             ("logprobs", request(|r| r.logprobs = Some(21))),
+            ("prompt_logprobs", request(|r| r.prompt_logprobs = Some(21))),
             ("temperature", sampling(|s| s.temperature = -0.1)),
             ("temperature", sampling(|s| s.temperature = f32::NAN)),
             ("temperature", sampling(|s| s.temperature = f32::INFINITY)),

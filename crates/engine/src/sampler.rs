@@ -306,6 +306,12 @@ fn keep_typical(candidates: &mut Vec<Candidate>, typical_p: f32) {
     candidates.truncate(last.map_or(candidates.len(), |last| last + 1));
 }
 
+/// A token of a prompt as if it had been chosen.
+pub(crate) fn score(row: &[f32], id: u32, n: usize) -> Sampled {
+    let (logprob, top) = log_probabilities(row, Gate::Open, id, n);
+    Sampled { id, logprob, top }
+}
+
 /// Log-probability of `id`, and the `n` most likely tokens with theirs, among those that `gate` lets through.
 pub(crate) fn log_probabilities(logits: &[f32], gate: Gate<'_>, id: u32, n: usize) -> (f32, Vec<(u32, f32)>) {
     let finite = || logits.iter().enumerate().filter(|&(id, l)| l.is_finite() && gate.lets(id));

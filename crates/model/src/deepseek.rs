@@ -328,4 +328,8 @@ impl LanguageModel for DeepSeek {
     fn copy_block(&mut self, from: u32, to: u32) -> Result<(), ModelError> {
         Ok(self.backend.copy_block(self.cache, from, to)?)
     }
+
+    fn block_form(&self, block: usize, prompt_tokens: usize) -> u8 {
+        segments::expanded_rows(&self.shape, block, prompt_tokens)
+    }
 }

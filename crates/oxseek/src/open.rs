@@ -21,6 +21,8 @@ use crate::{
 pub const CONTEXT_TOKENS_DEFAULT: usize = 4096;
 /// Rows of one step: the most prompt tokens that are computed between two tokens of the other sequences.
 const STEP_ROWS_MAX: usize = 512;
+/// Rows of one step that prompts may be scored with (`prompt_logprobs`), beside one per request.
+const SCORE_ROWS_MAX: usize = 32;
 
 /// A model that is ready to be asked.
 pub struct Opened {
@@ -103,7 +105,7 @@ pub fn load_options(context: usize, parallel: usize, cache_format: CacheFormat) 
         context_tokens_max: context,
         cache_blocks: parallel * blocks_for(context),
         step_rows_max: STEP_ROWS_MAX.max(parallel),
-        logit_rows_max: parallel,
+        logit_rows_max: parallel + SCORE_ROWS_MAX,
         cache_format,
     }
 }

@@ -4,6 +4,7 @@ mod answer;
 pub(crate) mod body;
 pub(crate) mod chat;
 pub(crate) mod completions;
+mod depth;
 pub(crate) mod fields;
 pub(crate) mod messages;
 pub(crate) mod models;

@@ -115,6 +115,7 @@ impl CpuBackend {
                 out_stride: n,
                 out_rows: tokens,
                 output,
+                then: w.place((from + chunk).min(n - 1)),
             };
             // SAFETY: the caller proved the sizes of x and y; tasks write disjoint columns; x is not y.
             unsafe { w.multiply(kernels, &product, panel) };

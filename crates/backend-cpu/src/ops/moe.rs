@@ -216,7 +216,11 @@ impl CpuBackend {
             let scratch = unsafe { scratch.of(thread) };
             let room = if slots > 1 { TILE_TOKENS_MAX * Rounding::Bf16.row_words(n) } else { 0 };
             let (panel, [gated, up, rows, ..]) = scratch.split([slots * n, slots * n, room, 0, 0, 0]);
-            for (w, y) in [(g.gate, &mut *gated), (g.up, &mut *up)] {
+            // The next task, most likely this thread's own.
+            let next = &groups[if to < g.inner { group } else { (group + 1) % groups.len() }];
+            let next = next.gate.place(if to < g.inner { to } else { 0 });
+            let steps = [(g.gate, &mut *gated, g.up.place(from)), (g.up, &mut *up, next)];
+            for (w, y, then) in steps {
                 let product = Product {
                     rows: from..to,
                     x: x.of(g, tokens),
@@ -225,6 +229,7 @@ impl CpuBackend {
                     out_stride: n,
                     out_rows: &identity[..slots],
                     output: Output::Store,
+                    then,
                 };
                 // SAFETY: tokens are rows of x; the outputs are this thread's.
                 unsafe { w.multiply(kernels, &product, panel) };
@@ -271,8 +276,12 @@ impl CpuBackend {
             let from = task * chunk;
             // SAFETY: the pool gave this thread its number.
             let panel = unsafe { &mut scratch.of(thread).panel };
-            for g in groups {
+            for (i, g) in groups.iter().enumerate() {
                 let rounded = rounded.map(|r| Some(r.from(g.from)));
+                let then = match groups.get(i + 1) {
+                    Some(next) => next.down.place(from),
+                    None => groups[0].down.place((from + chunk).min(width - 1)),
+                };
                 let product = Product {
                     rows: from..width.min(from + chunk),
                     x: Inputs { exact: inner.get(), stride, rounded },
@@ -281,6 +290,7 @@ impl CpuBackend {
                     out_stride: width,
                     out_rows: &tokens[g.from..g.to],
                     output: Output::AddScaled(&weights[g.from..g.to]),
+                    then,
                 };
                 // SAFETY: slots are rows of `inner`, tokens rows of `out`; tasks write disjoint columns.
                 unsafe { g.down.multiply(kernels, &product, panel) };

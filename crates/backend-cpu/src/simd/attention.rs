@@ -31,8 +31,6 @@ pub(crate) const CHUNK: usize = 128;
 pub(crate) trait Lanes: Panel {
     /// Whether there are 32 vectors of sixteen F32: tiles are larger then.
     const WIDE: bool;
-    /// Sixteen F32 at `p`.
-    unsafe fn load(p: *const f32) -> Self::F;
     /// Sixteen BF16 at `a` and at `b` as pairs.
     unsafe fn interleave(a: *const u8, b: *const u8) -> Self::W;
 }

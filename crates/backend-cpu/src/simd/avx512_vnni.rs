@@ -27,6 +27,11 @@ impl Panel for P {
         unsafe { _mm512_set1_ps(v) }
     }
     #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m512 {
+        // SAFETY: above.
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
     unsafe fn store(v: __m512, p: *mut f32) {
         // SAFETY: above.
         unsafe { _mm512_storeu_ps(p, v) }

@@ -61,6 +61,8 @@ pub(crate) struct PanelGemm<'a> {
     pub(crate) out_stride: usize,
     pub(crate) out_rows: &'a [u32],
     pub(crate) output: Output<'a>,
+    /// Groups that are likely to be asked for next, or null. Only a hint.
+    pub(crate) then: *const u8,
 }
 
 /// Sixteen rows at once, on one level.
@@ -91,6 +93,8 @@ pub(crate) trait Panel {
 
     unsafe fn splat(v: f32) -> Self::F;
     /// Sixteen F32 at `p`.
+    unsafe fn load(p: *const f32) -> Self::F;
+    /// The same, written.
     unsafe fn store(v: Self::F, p: *mut f32);
     /// Sixteen halves at `p`.
     unsafe fn load_f16(p: *const u8) -> Self::F;
@@ -186,12 +190,16 @@ pub(super) const fn tile_tokens<P: Panel>() -> [usize; 2] {
 trait Tiled<P: Panel> {
     /// Most tokens of one tile.
     const TILE: usize;
+    /// Whether tiles of four tokens and more have a kernel of their own that streams: worth its code in the formats
+    /// that most people have.
+    const STREAMS_WIDE: bool;
 
-    /// The products of the groups at `w` with a tile of `T` tokens at `x`.
+    /// The products of the groups at `w` with a tile of `T` tokens at `x`. `S`: nobody fetched the groups before, so
+    /// this tile streams them.
     ///
     /// # Safety
     /// Both are whole; the features of `P`.
-    unsafe fn tile<const G: usize, const T: usize>(
+    unsafe fn tile<const G: usize, const T: usize, const S: bool>(
         w: &PanelRef,
         groups: [*const u8; G],
         x: *const f32,
@@ -202,19 +210,34 @@ trait Tiled<P: Panel> {
 /// Weights that will be needed soon: while the tiles of this pair of groups are computed, the next pair comes from
 /// memory, each tile bringing its share.
 pub(super) struct Ahead {
+    /// Whether this tile is the first that reads its groups, and nobody fetched them before.
+    streams: bool,
+    group_bytes: usize,
     next: *const u8,
     /// 256ths of a byte per step.
     step: usize,
 }
 
 impl Ahead {
-    /// Tile `tile` of `tiles` brings its part of the `bytes` at `next`, in `steps` steps.
-    fn new(next: *const u8, bytes: usize, tile: usize, tiles: usize, steps: usize) -> Self {
+    /// Tile `tile` of `tiles` brings its part of the `groups` at `next`, in `steps` steps.
+    fn new(
+        next: *const u8,
+        groups: usize,
+        group_bytes: usize,
+        tile: usize,
+        tiles: usize,
+        steps: usize,
+    ) -> Self {
         if tiles < AHEAD_TILES_MIN {
-            return Self { next, step: 0 };
+            return Self { streams: tile == 0, group_bytes, next, step: 0 };
         }
-        let share = bytes / tiles;
-        Self { next: next.wrapping_add(tile * share), step: share * 256 / steps.max(1) }
+        let share = groups * group_bytes / tiles;
+        Self {
+            streams: false,
+            group_bytes,
+            next: next.wrapping_add(tile * share),
+            step: share * 256 / steps.max(1),
+        }
     }
 
     /// Asks for what step `step` is to bring.
@@ -227,6 +250,56 @@ impl Ahead {
         for line in from..to {
             // SAFETY: a hint about a place that need not be there.
             unsafe { P::prefetch(self.next.wrapping_add(line * 64)) };
+        }
+    }
+}
+
+/// The lines of the groups that come [`STREAM_AHEAD`] bytes after those in use, if `S`.
+pub(super) struct Stream<const G: usize, const S: bool>([*const u8; G]);
+
+impl Ahead {
+    /// What follows the bytes from `offset` on: after the end of the groups, the next ones.
+    #[inline(always)]
+    pub(super) fn stream<const G: usize, const S: bool>(
+        &self,
+        groups: [*const u8; G],
+        offset: usize,
+    ) -> Stream<G, S> {
+        let offset = offset + STREAM_AHEAD;
+        if offset < self.group_bytes {
+            return Stream(groups).from(offset);
+        }
+        let mut at = [self.next; G];
+        for (i, at) in at.iter_mut().enumerate() {
+            *at = at.wrapping_add(i * self.group_bytes);
+        }
+        Stream(at).from(offset - self.group_bytes)
+    }
+}
+
+impl<const G: usize, const S: bool> Stream<G, S> {
+    #[inline(always)]
+    pub(super) fn from(&self, offset: usize) -> Self {
+        let mut at = self.0;
+        for at in &mut at {
+            *at = at.wrapping_add(offset);
+        }
+        Self(at)
+    }
+
+    /// Asks for some of the lines: a few at a time, as a core can wait for no more.
+    ///
+    /// # Safety
+    /// The features of `P`.
+    #[inline(always)]
+    pub(super) unsafe fn fetch<P: Panel>(&self, lines: std::ops::Range<usize>) {
+        if S {
+            for line in lines {
+                for at in self.0 {
+                    // SAFETY: a hint about a place that need not be there.
+                    unsafe { P::prefetch_near(at.wrapping_add(line * 64)) };
+                }
+            }
         }
     }
 }
@@ -256,16 +329,23 @@ unsafe fn tiles_of<P: Panel, D: Tiled<P>, const G: usize>(g: &PanelGemm<'_>) {
             let last = g.groups.end - 1;
             // Where there is no second group the first stands in for it, and its products are thrown away.
             let groups: [*const u8; G] = std::array::from_fn(|i| g.w.group((group + i).min(last)));
-            let next = g.w.group(group + G);
+            let is_last = group + G >= g.groups.end && !g.then.is_null();
+            let next = if is_last { g.then } else { g.w.group(group + G) };
             let tiles = rounded::tiles(n, D::TILE).skip(block.start).take(block.len());
             for (tile, (first, width)) in tiles.enumerate() {
-                let ahead = Ahead::new(next, G * g.w.group_bytes, tile, block.len(), g.w.cols / 128);
+                let ahead = Ahead::new(next, G, g.w.group_bytes, tile, block.len(), g.w.cols / 128);
                 macro_rules! widths {
                     ($($n:literal)*) => {
                         match width {
                             // SAFETY: the groups and the tile are the caller's.
                             $($n if $n <= D::TILE => unsafe {
-                                let sums = D::tile::<G, $n>(&g.w, groups, g.x.row(first), &ahead);
+                                let x = g.x.row(first);
+                                // Tiles this narrow are the first of their groups.
+                                let sums = if $n < 4 || (D::STREAMS_WIDE && ahead.streams) {
+                                    D::tile::<G, $n, true>(&g.w, groups, x, &ahead)
+                                } else {
+                                    D::tile::<G, $n, false>(&g.w, groups, x, &ahead)
+                                };
                                 emit::<P, G, $n>(g, group, first, sums);
                             },)*
                             _ => unreachable!("a tile of {width} tokens"),
@@ -291,20 +371,32 @@ unsafe fn emit<P: Panel, const G: usize, const T: usize>(
         for (i, sums) in sums.into_iter().enumerate().take(g.groups.end - group) {
             let first = (group + i) * GROUP_ROWS;
             let n = GROUP_ROWS.min(g.w.rows - first);
+            let column = first - g.groups.start * GROUP_ROWS;
             for (j, sum) in sums.into_iter().enumerate() {
-                let mut y = [0.0f32; GROUP_ROWS];
-                P::store(sum, y.as_mut_ptr());
-                let column = first - g.groups.start * GROUP_ROWS;
                 let out = g.out.add(g.out_rows[first_token + j] as usize * g.out_stride + column);
-                for (r, y) in y.into_iter().enumerate().take(n) {
-                    let out = out.add(r);
-                    match g.output {
-                        Output::Store => *out = y,
-                        Output::Add => *out += y,
-                        Output::AddScaled(s) => *out += s[first_token + j] * y,
-                    }
+                if n == GROUP_ROWS {
+                    write::<P>(g.output, first_token + j, sum, out);
+                } else {
+                    let mut rows = [0.0f32; GROUP_ROWS];
+                    rows.as_mut_ptr().copy_from_nonoverlapping(out, n);
+                    write::<P>(g.output, first_token + j, sum, rows.as_mut_ptr());
+                    out.copy_from_nonoverlapping(rows.as_ptr(), n);
                 }
             }
         }
+    }
+}
+
+/// Writes the products of sixteen rows with token `token` to `out`.
+#[inline(always)]
+unsafe fn write<P: Panel>(output: Output<'_>, token: usize, sum: P::F, out: *mut f32) {
+    // SAFETY: sixteen values at `out`.
+    unsafe {
+        let sum = match output {
+            Output::Store => sum,
+            Output::Add => P::fma(sum, P::splat(1.0), P::load(out)),
+            Output::AddScaled(s) => P::fma(sum, P::splat(s[token]), P::load(out)),
+        };
+        P::store(sum, out);
     }
 }

@@ -156,6 +156,8 @@ impl Answer {
                     self.usage.cached_tokens += usage.cached_tokens;
                     self.open -= 1;
                 }
+                // Nobody asked for these.
+                Some(Event::Progress { .. } | Event::PromptLogprobs { .. }) => {}
                 Some(Event::Failed { message }) => return Some(Err(ApiError::failed(message))),
                 None => {
                     return Some(Err(ApiError::failed(
@@ -472,7 +474,7 @@ fn events(prompt: usize, ticket: Ticket) -> BoxStream<'static, (usize, Option<Ev
     unfold(Some(ticket), move |ticket| async move {
         let mut ticket = ticket?;
         let event = ticket.next().await;
-        let last = !matches!(event, Some(Event::Delta { .. } | Event::Done { .. }));
+        let last = matches!(event, None | Some(Event::Finished { .. } | Event::Failed { .. }));
         Some(((prompt, event), (!last).then_some(ticket)))
     })
     .boxed()

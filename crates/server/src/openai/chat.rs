@@ -17,6 +17,7 @@ use super::{
     tools::{Choice, Tools},
 };
 use crate::{
+    caller::Caller,
     error::ApiError,
     state::{AppState, Model},
 };
@@ -24,6 +25,7 @@ use crate::{
 /// Answers a conversation.
 pub(crate) async fn chat_completions(
     State(state): State<AppState>,
+    caller: Caller,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
@@ -33,7 +35,7 @@ pub(crate) async fn chat_completions(
         let model = Arc::clone(&model);
         state.prepare(move || prepare(&model, &body)).await?
     };
-    let ticket = model.engine.submit(prepared.request)?;
+    let ticket = caller.submit(&model, prepared.request)?;
     let form = Form::Chat { format: Arc::clone(&model.dialect.format), start: prepared.start };
     let answer = Answer::new(form, model.name.clone(), vec![ticket], prepared.n, prepared.logprobs);
     answer.respond(prepared.streaming).await

@@ -10,11 +10,6 @@ use crate::simd::panel::{Panel, avx2::P};
 impl Lanes for P {
     const WIDE: bool = false;
     #[inline(always)]
-    unsafe fn load(p: *const f32) -> <P as Panel>::F {
-        // SAFETY: above.
-        unsafe { [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))] }
-    }
-    #[inline(always)]
     unsafe fn interleave(a: *const u8, b: *const u8) -> <P as Panel>::W {
         // SAFETY: above.
         unsafe { [[widen(a), widen(a.add(16))], [widen(b), widen(b.add(16))]] }

@@ -10,11 +10,6 @@ use crate::simd::{avx512_vnni::P, panel::Panel};
 impl Lanes for P {
     const WIDE: bool = true;
     #[inline(always)]
-    unsafe fn load(p: *const f32) -> <P as Panel>::F {
-        // SAFETY: above.
-        unsafe { _mm512_loadu_ps(p) }
-    }
-    #[inline(always)]
     unsafe fn interleave(a: *const u8, b: *const u8) -> <P as Panel>::W {
         // SAFETY: above.
         unsafe {

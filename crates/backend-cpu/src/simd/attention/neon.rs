@@ -10,11 +10,6 @@ use crate::simd::panel::{Panel, neon::P};
 impl Lanes for P {
     const WIDE: bool = false;
     #[inline(always)]
-    unsafe fn load(p: *const f32) -> <P as Panel>::F {
-        // SAFETY: above.
-        unsafe { [widest(p), widest(p.add(4)), widest(p.add(8)), widest(p.add(12))] }
-    }
-    #[inline(always)]
     unsafe fn interleave(a: *const u8, b: *const u8) -> <P as Panel>::W {
         // SAFETY: above.
         unsafe {

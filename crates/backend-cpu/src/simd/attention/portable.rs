@@ -9,11 +9,6 @@ use crate::simd::panel::{Panel, portable::P};
 impl Lanes for P {
     const WIDE: bool = false;
     #[inline(always)]
-    unsafe fn load(p: *const f32) -> <P as Panel>::F {
-        // SAFETY: above.
-        unsafe { p.cast::<<P as Panel>::F>().read_unaligned() }
-    }
-    #[inline(always)]
     unsafe fn interleave(a: *const u8, b: *const u8) -> <P as Panel>::W {
         [a, b].map(|p| {
             // SAFETY: above.

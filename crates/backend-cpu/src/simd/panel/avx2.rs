@@ -34,6 +34,11 @@ impl Panel for P {
         unsafe { [_mm256_set1_ps(v); 2] }
     }
     #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::F {
+        // SAFETY: above.
+        unsafe { [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))] }
+    }
+    #[inline(always)]
     unsafe fn store(v: Self::F, p: *mut f32) {
         // SAFETY: above.
         unsafe {

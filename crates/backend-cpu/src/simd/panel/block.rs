@@ -3,7 +3,7 @@
 
 use std::marker::PhantomData;
 
-use super::{Ahead, Panel, STREAM_AHEAD, Tiled};
+use super::{Ahead, Panel, Stream, Tiled};
 use crate::{
     packed::{PanelRef, RUN},
     rounded::{BYTE_RUN_WORDS, CODES, SUMS_16, SUMS_32},
@@ -15,6 +15,10 @@ pub(super) trait Block<P: Panel> {
     const UNITS: usize = 8;
     /// `log2` of the value that stands for zero; `None` when the format has minima instead.
     const ZERO_SHIFT: Option<u32>;
+    /// One of the formats that most people have.
+    const COMMON: bool = false;
+    /// Half cache lines of a block of all rows of a group, rounded up.
+    const LINES_TWICE: usize;
     /// Whether the blocks of 256 columns share a header.
     const SUPER: bool = false;
     /// Whether the blocks of a run are unrolled where the level does so, so that their places in a super-block are
@@ -42,6 +46,8 @@ pub(super) struct Q4_0;
 pub(super) struct Q4K;
 
 impl<P: Panel> Block<P> for Q8_0 {
+    const COMMON: bool = true;
+    const LINES_TWICE: usize = 17;
     const ZERO_SHIFT: Option<u32> = Some(7);
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
@@ -60,6 +66,8 @@ impl<P: Panel> Block<P> for Q8_0 {
 }
 
 impl<P: Panel> Block<P> for Q4_0 {
+    const COMMON: bool = true;
+    const LINES_TWICE: usize = 9;
     const ZERO_SHIFT: Option<u32> = Some(3);
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
@@ -84,6 +92,8 @@ impl<P: Panel> Block<P> for Q4_0 {
 const Q4K_BYTES: usize = 16 * 144;
 
 impl<P: Panel> Block<P> for Q4K {
+    const COMMON: bool = true;
+    const LINES_TWICE: usize = 9;
     const ZERO_SHIFT: Option<u32> = None;
     const SUPER: bool = true;
     const UNROLLED: bool = true;
@@ -139,9 +149,10 @@ pub(super) struct Tile<D>(PhantomData<D>);
 
 impl<P: Panel, D: Block<P>> Tiled<P> for Tile<D> {
     const TILE: usize = P::TILE_BYTES;
+    const STREAMS_WIDE: bool = D::COMMON && P::PAIRS;
 
     #[inline(always)]
-    unsafe fn tile<const G: usize, const T: usize>(
+    unsafe fn tile<const G: usize, const T: usize, const S: bool>(
         w: &PanelRef,
         groups: [*const u8; G],
         x: *const f32,
@@ -158,25 +169,21 @@ impl<P: Panel, D: Block<P>> Tiled<P> for Tile<D> {
                 let mut part = [[P::splat(0.0); T]; G];
                 let first = run * per_run;
                 ahead.step::<P>(run);
-                for line in run * run_bytes / 64..(run + 1) * run_bytes / 64 {
-                    for group in groups {
-                        P::prefetch_near(group.wrapping_add(line * 64 + STREAM_AHEAD));
-                    }
-                }
+                let stream = ahead.stream::<G, S>(groups, run * run_bytes);
                 if !(D::UNROLLED && P::UNROLLS) || blocks - first < per_run {
                     for b in first..blocks.min(first + per_run) {
-                        add_block::<P, D, G, T>(&groups, x, b, b % (2 * per_run), &mut part);
+                        add_block::<P, D, G, T, S>(&groups, x, b, b % (2 * per_run), &stream, &mut part);
                     }
                 } else if D::SUPER && run % 2 == 1 {
-                    add_block::<P, D, G, T>(&groups, x, first, 4, &mut part);
-                    add_block::<P, D, G, T>(&groups, x, first + 1, 5, &mut part);
-                    add_block::<P, D, G, T>(&groups, x, first + 2, 6, &mut part);
-                    add_block::<P, D, G, T>(&groups, x, first + 3, 7, &mut part);
+                    add_block::<P, D, G, T, S>(&groups, x, first, 4, &stream, &mut part);
+                    add_block::<P, D, G, T, S>(&groups, x, first + 1, 5, &stream, &mut part);
+                    add_block::<P, D, G, T, S>(&groups, x, first + 2, 6, &stream, &mut part);
+                    add_block::<P, D, G, T, S>(&groups, x, first + 3, 7, &stream, &mut part);
                 } else {
-                    add_block::<P, D, G, T>(&groups, x, first, 0, &mut part);
-                    add_block::<P, D, G, T>(&groups, x, first + 1, 1, &mut part);
-                    add_block::<P, D, G, T>(&groups, x, first + 2, 2, &mut part);
-                    add_block::<P, D, G, T>(&groups, x, first + 3, 3, &mut part);
+                    add_block::<P, D, G, T, S>(&groups, x, first, 0, &stream, &mut part);
+                    add_block::<P, D, G, T, S>(&groups, x, first + 1, 1, &stream, &mut part);
+                    add_block::<P, D, G, T, S>(&groups, x, first + 2, 2, &stream, &mut part);
+                    add_block::<P, D, G, T, S>(&groups, x, first + 3, 3, &stream, &mut part);
                 }
                 for j in 0..T {
                     let scale = P::splat(*x.add(j));
@@ -193,11 +200,12 @@ impl<P: Panel, D: Block<P>> Tiled<P> for Tile<D> {
 /// Adds block `b` to sums of the run at `x`; where the caller's loop is unrolled, its place in a super-block is known
 /// at compile time.
 #[inline(always)]
-unsafe fn add_block<P: Panel, D: Block<P>, const G: usize, const T: usize>(
+unsafe fn add_block<P: Panel, D: Block<P>, const G: usize, const T: usize, const S: bool>(
     w: &[*const u8; G],
     x: *const f32,
     b: usize,
     place: usize,
+    stream: &Stream<G, S>,
     part: &mut [[P::F; T]; G],
 ) {
     // SAFETY: the caller keeps the block inside of the group, and `x` is the run that it belongs to.
@@ -210,6 +218,7 @@ unsafe fn add_block<P: Panel, D: Block<P>, const G: usize, const T: usize>(
         for i in 1..G {
             at[i] = D::at(w[i], b);
         }
+        let stream = stream.from(place % (32 / D::UNITS) * D::LINES_TWICE * 32);
         let mut acc = [[P::zero_i(); T]; G];
         if D::ZERO_SHIFT.is_some_and(|shift| shift != 7 || P::OFFSET_IN_SUMS) {
             for j in 0..T {
@@ -225,15 +234,15 @@ unsafe fn add_block<P: Panel, D: Block<P>, const G: usize, const T: usize>(
                 }
             }
         }
-        add_unit::<P, D, G, T>(&at, codes, place, 0, &mut acc);
-        add_unit::<P, D, G, T>(&at, codes, place, 1, &mut acc);
-        add_unit::<P, D, G, T>(&at, codes, place, 2, &mut acc);
-        add_unit::<P, D, G, T>(&at, codes, place, 3, &mut acc);
+        add_unit::<P, D, G, T, S>(&at, codes, place, 0, &stream, &mut acc);
+        add_unit::<P, D, G, T, S>(&at, codes, place, 1, &stream, &mut acc);
+        add_unit::<P, D, G, T, S>(&at, codes, place, 2, &stream, &mut acc);
+        add_unit::<P, D, G, T, S>(&at, codes, place, 3, &stream, &mut acc);
         if D::UNITS == 8 {
-            add_unit::<P, D, G, T>(&at, codes, place, 4, &mut acc);
-            add_unit::<P, D, G, T>(&at, codes, place, 5, &mut acc);
-            add_unit::<P, D, G, T>(&at, codes, place, 6, &mut acc);
-            add_unit::<P, D, G, T>(&at, codes, place, 7, &mut acc);
+            add_unit::<P, D, G, T, S>(&at, codes, place, 4, &stream, &mut acc);
+            add_unit::<P, D, G, T, S>(&at, codes, place, 5, &stream, &mut acc);
+            add_unit::<P, D, G, T, S>(&at, codes, place, 6, &stream, &mut acc);
+            add_unit::<P, D, G, T, S>(&at, codes, place, 7, &stream, &mut acc);
         }
         for i in 0..G {
             let scale = D::scale(at[i], place);
@@ -243,7 +252,7 @@ unsafe fn add_block<P: Panel, D: Block<P>, const G: usize, const T: usize>(
             if D::ZERO_SHIFT.is_none() {
                 let min = D::min(at[i], place);
                 for j in 0..T {
-                    part[i][j] = P::fma(P::splat(*sums.add(j) as f32), min, part[i][j]);
+                    part[i][j] = P::fma(P::to_f32(P::splat_shifted::<0>(sums.add(j))), min, part[i][j]);
                 }
             }
         }
@@ -252,15 +261,18 @@ unsafe fn add_block<P: Panel, D: Block<P>, const G: usize, const T: usize>(
 
 /// Adds the products of four columns of a block.
 #[inline(always)]
-unsafe fn add_unit<P: Panel, D: Block<P>, const G: usize, const T: usize>(
+unsafe fn add_unit<P: Panel, D: Block<P>, const G: usize, const T: usize, const S: bool>(
     at: &[*const u8; G],
     codes: *const u8,
     place: usize,
     unit: usize,
+    stream: &Stream<G, S>,
     acc: &mut [[P::I; T]; G],
 ) {
     // SAFETY: as in `add_block`.
     unsafe {
+        let lines = D::LINES_TWICE.div_ceil(2);
+        stream.fetch::<P>(unit * lines / D::UNITS..(unit + 1) * lines / D::UNITS);
         let mut w = [D::unit(at[0], place, unit); G];
         for i in 1..G {
             w[i] = D::unit(at[i], place, unit);

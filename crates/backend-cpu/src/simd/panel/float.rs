@@ -1,7 +1,7 @@
 //! BF16 and FP8 weights with BF16 activations, summed in F32.
 #![allow(clippy::needless_range_loop, reason = "rows and groups of a tile index several arrays at once")]
 
-use super::{Ahead, Panel, STREAM_AHEAD, Tiled};
+use super::{Ahead, Panel, Tiled};
 use crate::packed::{E4M3_BLOCK_BYTES, PanelRef};
 
 pub(super) struct Bf16;
@@ -9,9 +9,10 @@ pub(super) struct E4m3;
 
 impl<P: Panel> Tiled<P> for Bf16 {
     const TILE: usize = P::TILE_BF16;
+    const STREAMS_WIDE: bool = P::PAIRS;
 
     #[inline(always)]
-    unsafe fn tile<const G: usize, const T: usize>(
+    unsafe fn tile<const G: usize, const T: usize, const S: bool>(
         w: &PanelRef,
         groups: [*const u8; G],
         x: *const f32,
@@ -23,7 +24,9 @@ impl<P: Panel> Tiled<P> for Bf16 {
             let mut acc = [[P::splat(0.0); T]; G];
             for run in 0..units / 64 {
                 ahead.step::<P>(run);
+                let stream = ahead.stream::<G, S>(groups, run * 64 * 64);
                 for u in run * 64..run * 64 + 64 {
+                    stream.fetch::<P>(u % 64..u % 64 + 1);
                     add_pairs::<P, G, T>(&groups, x, u, &mut acc);
                 }
             }
@@ -46,9 +49,6 @@ unsafe fn add_pairs<P: Panel, const G: usize, const T: usize>(
     // SAFETY: the caller keeps the unit inside of both.
     unsafe {
         // Loops, not closures: a closure that is not inlined is compiled without the level's features.
-        for group in groups {
-            P::prefetch_near(group.wrapping_add(u * 64 + STREAM_AHEAD));
-        }
         let mut w = [P::load_bf16(groups[0].add(u * 64)); G];
         for i in 1..G {
             w[i] = P::load_bf16(groups[i].add(u * 64));
@@ -64,10 +64,11 @@ unsafe fn add_pairs<P: Panel, const G: usize, const T: usize>(
 
 impl<P: Panel> Tiled<P> for E4m3 {
     const TILE: usize = P::TILE_BF16;
+    const STREAMS_WIDE: bool = P::PAIRS;
 
     /// Each block of 128 columns is summed on its own and then scaled.
     #[inline(always)]
-    unsafe fn tile<const G: usize, const T: usize>(
+    unsafe fn tile<const G: usize, const T: usize, const S: bool>(
         w: &PanelRef,
         groups: [*const u8; G],
         x: *const f32,
@@ -82,10 +83,9 @@ impl<P: Panel> Tiled<P> for E4m3 {
                 let x = x.add(b * 64 * T);
                 let mut acc = [[P::splat(0.0); T]; G];
                 ahead.step::<P>(b);
+                let stream = ahead.stream::<G, S>(groups, w.header_bytes + b * E4M3_BLOCK_BYTES);
                 for u in 0..32 {
-                    for codes in codes {
-                        P::prefetch_near(codes.wrapping_add(u * 64 + STREAM_AHEAD));
-                    }
+                    stream.fetch::<P>(u..u + 1);
                     let mut w = [P::load_e4m3(codes[0].add(u * 64)); G];
                     for i in 1..G {
                         w[i] = P::load_e4m3(codes[i].add(u * 64));

@@ -23,6 +23,7 @@ unsafe fn codes_of_2_bits<P: Panel>(at: *const u8, b: usize, unit: usize) -> P::
 }
 
 impl<P: Panel> Block<P> for Q2K {
+    const LINES_TWICE: usize = 3;
     const UNITS: usize = 4;
     const ZERO_SHIFT: Option<u32> = None;
     const SUPER: bool = true;
@@ -54,6 +55,7 @@ impl<P: Panel> Block<P> for Q2K {
 }
 
 impl<P: Panel> Block<P> for Q3K {
+    const LINES_TWICE: usize = 4;
     const UNITS: usize = 4;
     const ZERO_SHIFT: Option<u32> = Some(2);
     const SUPER: bool = true;
@@ -83,6 +85,7 @@ impl<P: Panel> Block<P> for Q3K {
 }
 
 impl<P: Panel> Block<P> for Q5K {
+    const LINES_TWICE: usize = 11;
     const ZERO_SHIFT: Option<u32> = None;
     const SUPER: bool = true;
     #[inline(always)]
@@ -128,6 +131,8 @@ unsafe fn factor_of_6_bits<P: Panel>(at: *const u8, b: usize, which: usize) -> P
 }
 
 impl<P: Panel> Block<P> for Q6K {
+    const COMMON: bool = true;
+    const LINES_TWICE: usize = 7;
     const UNITS: usize = 4;
     const ZERO_SHIFT: Option<u32> = Some(5);
     const SUPER: bool = true;

@@ -36,6 +36,11 @@ impl Panel for P {
         unsafe { [vdupq_n_f32(v); 4] }
     }
     #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::F {
+        // SAFETY: above.
+        unsafe { [vld1q_f32(p), vld1q_f32(p.add(4)), vld1q_f32(p.add(8)), vld1q_f32(p.add(12))] }
+    }
+    #[inline(always)]
     unsafe fn store(v: Self::F, p: *mut f32) {
         // SAFETY: above.
         unsafe {

@@ -37,6 +37,11 @@ impl Panel for P {
         [v; GROUP_ROWS]
     }
     #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::F {
+        // SAFETY: above.
+        unsafe { p.cast::<Self::F>().read_unaligned() }
+    }
+    #[inline(always)]
     unsafe fn store(v: Self::F, p: *mut f32) {
         // SAFETY: above.
         unsafe { p.cast::<Self::F>().write_unaligned(v) }

@@ -36,6 +36,7 @@ unsafe fn codes_of_5_bits<P: Panel>(at: *const u8, unit: usize) -> P::U {
 }
 
 impl<P: Panel> Block<P> for Q4_1 {
+    const LINES_TWICE: usize = 10;
     const ZERO_SHIFT: Option<u32> = None;
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
@@ -59,6 +60,7 @@ impl<P: Panel> Block<P> for Q4_1 {
 }
 
 impl<P: Panel> Block<P> for Q5_0 {
+    const LINES_TWICE: usize = 11;
     const ZERO_SHIFT: Option<u32> = Some(4);
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
@@ -77,6 +79,7 @@ impl<P: Panel> Block<P> for Q5_0 {
 }
 
 impl<P: Panel> Block<P> for Q5_1 {
+    const LINES_TWICE: usize = 12;
     const ZERO_SHIFT: Option<u32> = None;
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
@@ -100,6 +103,7 @@ impl<P: Panel> Block<P> for Q5_1 {
 }
 
 impl<P: Panel> Block<P> for Int4 {
+    const LINES_TWICE: usize = 9;
     const ZERO_SHIFT: Option<u32> = Some(3);
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {

@@ -27,6 +27,7 @@ static IQ4: [u8; 16] = unsigned(IQ4_VALUES, 128);
 static E2M1: [u8; 16] = unsigned(E2M1_DOUBLED, 16);
 
 impl<P: Panel> Block<P> for Iq4Nl {
+    const LINES_TWICE: usize = 9;
     const ZERO_SHIFT: Option<u32> = Some(7);
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
@@ -45,6 +46,7 @@ impl<P: Panel> Block<P> for Iq4Nl {
 }
 
 impl<P: Panel> Block<P> for Iq4Xs {
+    const LINES_TWICE: usize = 9;
     const ZERO_SHIFT: Option<u32> = Some(7);
     const SUPER: bool = true;
     #[inline(always)]
@@ -70,6 +72,7 @@ impl<P: Panel> Block<P> for Iq4Xs {
 }
 
 impl<P: Panel> Block<P> for Mxfp4 {
+    const LINES_TWICE: usize = 9;
     const ZERO_SHIFT: Option<u32> = Some(4);
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
