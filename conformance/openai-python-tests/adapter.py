@@ -3,7 +3,8 @@
 The tests are written for a mock that takes everything: they name models, ids and values that no real server knows.
 Nothing of a test is changed but what goes over the wire:
 
-* names of models and ids of responses become ones that exist here;
+* names of models and ids of responses become ones that exist here, and a response that is asked for without any input
+  gets one;
 * a field that not-offered.txt lists for the route is dropped after the server has refused it by name with 400, and the
   request is sent again. A refusal of any other field is a failure;
 * a test of a route that not-offered.txt lists must fail (xfail, strict).
@@ -73,6 +74,8 @@ def known(request, to):
         fields = json.loads(body)
         if "model" in fields:
             fields["model"] = MODEL
+        if to in ("POST /responses", "POST /responses/input_tokens"):
+            fields.setdefault("input", "Say hello.")
         if "previous_response_id" in fields:
             fields["previous_response_id"] = stored_response()
         body = json.dumps(fields).encode()
@@ -92,8 +95,9 @@ def without_refused(request, to, answer):
     error = answer.json()["error"]
     param = error["param"] or ""
     assert param in error["message"] or not param, error
+    place = re.sub(r"\[\d*\]", "", param)
     for field in sorted(FIELDS.get(to, ()), key=len, reverse=True):
-        if param == field or re.match(re.escape(field) + r"[.\[]", param):
+        if place == field or place.startswith(field + "."):
             REFUSED.setdefault(to, set()).add(field)
             return drop(request, field)
     return None
@@ -102,7 +106,7 @@ def without_refused(request, to, answer):
 def drop(request, field):
     if request.method == "GET":
         url = httpx2.URL(str(request.url))
-        query = [(k, v) for k, v in url.params.multi_items() if k != field]
+        query = [(k, v) for k, v in url.params.multi_items() if k.removesuffix("[]") != field]
         return rebuilt(request, str(url.copy_with(params=query)), b"")
     fields = json.loads(request.content)
     *parents, last = field.split(".")

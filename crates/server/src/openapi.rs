@@ -51,7 +51,7 @@ const POSTS: [Operation; 8] = [
         path: "/v1/responses/input_tokens",
         about: "Counts the tokens of a response's prompt",
         streams: false,
-        parse: |_, body| responses::check(body),
+        parse: |_, body| responses::check_prompt(body),
     },
     Operation {
         path: "/v1/messages",

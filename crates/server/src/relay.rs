@@ -20,6 +20,7 @@ pub(crate) use self::{
     pieces::{Ended, Piece, Pieces},
 };
 use crate::{
+    caller::Caller,
     error::ApiError,
     limits::{BODY_BYTES_MAX, ERROR_BODY_BYTES_MAX},
 };
@@ -65,8 +66,12 @@ impl Asker {
         Self { headers, extensions: parts.extensions.clone() }
     }
 
-    /// What tells one client's things from another's: the key that it presents.
+    /// What tells one client's things from another's: the name of its key; where no keys are asked for, what it
+    /// presents as one.
     pub(crate) fn credentials(&self) -> Vec<Vec<u8>> {
+        if let Some(key) = self.extensions.get::<Caller>().and_then(Caller::key) {
+            return vec![key.name.clone().into_bytes()];
+        }
         ["authorization", "x-api-key", "sec-websocket-protocol"]
             .map(|name| self.headers.get(name).map(|v| v.as_bytes().to_vec()).unwrap_or_default())
             .to_vec()

@@ -62,6 +62,11 @@ pub(crate) fn check(body: &[u8]) -> Result<(), ApiError> {
     Asked::read(Fields::from_body(body)?).map(drop)
 }
 
+/// As [`check`], of a body that only asks how long its prompt is.
+pub(crate) fn check_prompt(body: &[u8]) -> Result<(), ApiError> {
+    Asked::read_prompt(Fields::from_body(body)?).map(drop)
+}
+
 /// How many tokens a request's prompt has.
 pub(crate) async fn input_tokens(
     State(doors): State<Doors>,
@@ -70,7 +75,7 @@ pub(crate) async fn input_tokens(
     let (parts, body) = request.into_parts();
     let asker = Asker::new(&parts);
     let body = body::read(&parts.headers, body).await?;
-    let asked = doors.state.prepare(move || Asked::read(Fields::from_body(&body)?)).await?;
+    let asked = doors.state.prepare(move || Asked::read_prompt(Fields::from_body(&body)?)).await?;
     let chat = match run::with_history(&doors, &asker, asked, &Memory::default()).await? {
         (_, _, Value::Object(chat)) => chat,
         _ => Map::new(),
@@ -175,13 +180,14 @@ fn listed(item: &Value, response: &str, index: usize) -> Value {
     listed
 }
 
-/// The parameters of a query; each may come once. `name[]`, as clients write lists, is not known here.
+/// The parameters of a query; each may come once.
 fn query(request: &Request) -> Result<Fields, ApiError> {
     let mut map = Map::new();
     for pair in request.uri().query().unwrap_or_default().split('&').filter(|p| !p.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        // Names and values of ours need no escapes; an escaped one is unknown, and said to be.
-        if map.insert(name.into(), value.into()).is_some() {
+        // Names and values of ours need no escapes, but clients write `name[]` where they have a list.
+        let name = name.replace("%5B%5D", "[]");
+        if map.insert(name.clone(), value.into()).is_some() {
             return Err(ApiError::invalid(name, "is there twice"));
         }
     }

@@ -73,7 +73,8 @@ where
     let (mut parts, _) = request.into_parts();
     let upgrade = WebSocketUpgrade::from_request_parts(&mut parts, &()).await;
     let upgrade = upgrade.map_err(|_| ApiError::upgrade_required())?;
-    if !is_same_origin(&parts.headers) {
+    let is_allowed = doors.state.origins().allow(&parts.headers).is_some();
+    if !is_allowed && !is_same_origin(&parts.headers) {
         return Err(ApiError::foreign_origin());
     }
     let closing = doors.sockets.closing.subscribe();

@@ -127,7 +127,7 @@ fn answers_over_a_socket_are_those_of_http() {
     let heroes = ["a cat", "two frogs", "the sea"];
     let mut socket = Socket::open(&server, "/ws");
     for hero in heroes {
-        socket.send(&json!({"type": "chat", "id": hero, "body": story(hero, 40)}));
+        socket.send(&json!({"type": "chat", "id": hero, "body": story(hero, 15)}));
     }
     let mut messages: Vec<Value> = Vec::new();
     while messages.iter().filter(|m| m["type"] == "done").count() < heroes.len() {
@@ -136,7 +136,7 @@ fn answers_over_a_socket_are_those_of_http() {
     for hero in heroes {
         let of: Vec<Value> = messages.iter().filter(|m| m["id"] == hero).cloned().collect();
         assert_eq!(of.last().unwrap()["type"], "done", "{of:?}");
-        let (_, whole) = post(&server, "/v1/chat/completions", &story(hero, 40));
+        let (_, whole) = post(&server, "/v1/chat/completions", &story(hero, 15));
         assert_eq!(text_of(&of), whole["choices"][0]["message"]["content"].as_str().unwrap());
     }
     let body = json!({"prompt": "Once", "max_tokens": 3, "temperature": 0});
@@ -497,20 +497,23 @@ fn tools_are_called_through_every_door() {
         tool[name] = weather_tool();
         tool
     };
-    let chat = json!({"temperature": 0, "messages": [{"role": "user", "content": question}],
+    let chat = json!({"temperature": 0, "max_tokens": 60, "messages": [{"role": "user", "content": question}],
         "tools": [{"type": "function", "function": with("parameters", &described)}]});
     let (_, whole) = post(&server, "/v1/chat/completions", &chat);
     let call = &whole["choices"][0]["message"]["tool_calls"][0]["function"];
     assert_eq!(call["name"], "get_weather", "{whole}");
     let mut tool = with("parameters", &described);
     tool["type"] = json!("function");
-    let (_, response) =
-        post(&server, "/v1/responses", &json!({"temperature": 0, "input": question, "tools": [tool]}));
+    let (_, response) = post(
+        &server,
+        "/v1/responses",
+        &json!({"temperature": 0, "max_output_tokens": 60, "input": question, "tools": [tool]}),
+    );
     assert_eq!(said(&response), [json!([call["name"], call["arguments"]])], "{response}");
     let (_, message) = post(
         &server,
         "/v1/messages",
-        &json!({"model": "oxseek-demo", "max_tokens": 100,
+        &json!({"model": "oxseek-demo", "max_tokens": 60,
         "temperature": 0, "messages": [{"role": "user", "content": question}],
         "tools": [with("input_schema", &described)]}),
     );
@@ -522,7 +525,7 @@ fn tools_are_called_through_every_door() {
     );
     assert_eq!(used["input"], serde_json::from_str::<Value>(call["arguments"].as_str().unwrap()).unwrap());
     // And the result goes back.
-    let again = json!({"model": "oxseek-demo", "max_tokens": 100, "temperature": 0, "tools": [with("input_schema", &described)],
+    let again = json!({"model": "oxseek-demo", "max_tokens": 60, "temperature": 0, "tools": [with("input_schema", &described)],
         "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": message["content"]},
             {"role": "user", "content": [{"type": "tool_result", "tool_use_id": used["id"], "content": "sunny"}]}]});
     let (status, answer) = post(&server, "/v1/messages", &again);

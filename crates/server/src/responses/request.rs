@@ -8,8 +8,7 @@ use super::items;
 use crate::{error::ApiError, openai::fields::Fields};
 
 /// Fields that mean the same on both routes; the chat route checks them.
-const PASSED: [&str; 17] = [
-    "model",
+const PASSED: [&str; 14] = [
     "temperature",
     "top_p",
     "top_k",
@@ -20,13 +19,14 @@ const PASSED: [&str; 17] = [
     "frequency_penalty",
     "repetition_penalty",
     "logit_bias",
-    "parallel_tool_calls",
-    "chat_template_kwargs",
     "prompt_cache_key",
     "safety_identifier",
     "service_tier",
     "user",
 ];
+
+/// Those of them that a prompt depends on.
+const PASSED_TO_PROMPT: [&str; 3] = ["model", "parallel_tool_calls", "chat_template_kwargs"];
 
 /// Names of the chat route's fields, and of what they came from here.
 pub(crate) const NAMES: [(&str, &str); 6] = [
@@ -59,60 +59,76 @@ pub(crate) struct Asked {
 
 impl Asked {
     /// Takes a request apart.
-    pub(crate) fn read(fields: Fields) -> Result<Self, ApiError> {
-        let mut rest = fields;
-        let fields = &mut rest;
-        let mut chat = Map::new();
-        let mut echo = Map::new();
-        for name in PASSED {
-            if let Some(value) = fields.take(name) {
-                chat.insert(name.into(), value);
-            }
-        }
+    pub(crate) fn read(mut fields: Fields) -> Result<Self, ApiError> {
+        let mut asked = Self::take_prompt(&mut fields)?;
+        let (chat, echo) = (&mut asked.chat, &mut asked.echo);
+        pass(&mut fields, &PASSED, chat);
         chat.insert("stream".into(), true.into());
         chat.insert("stream_options".into(), json!({"include_usage": true}));
         let most = fields.take("max_output_tokens");
         echo.insert("max_output_tokens".into(), most.clone().unwrap_or_default());
         chat.extend(most.map(|n| ("max_completion_tokens".to_string(), n)));
-        text(fields, &mut chat, &mut echo)?;
-        reasoning(fields, &mut chat, &mut echo)?;
-        tools(fields, &mut chat, &mut echo)?;
-        logprobs(fields, &mut chat, &mut echo)?;
-        echo.insert("metadata".into(), metadata(fields)?);
-        let background = fields.boolean("background")?.unwrap_or(false);
-        let store = fields.boolean("store")?.unwrap_or(true);
-        let stream = fields.boolean("stream")?.unwrap_or(false);
+        logprobs(&mut fields, chat, echo)?;
+        fields.only("max_tool_calls", &[])?;
+        echo.insert("metadata".into(), metadata(&mut fields)?);
+        asked.background = fields.boolean("background")?.unwrap_or(false);
+        asked.store = fields.boolean("store")?.unwrap_or(true);
+        asked.stream = fields.boolean("stream")?.unwrap_or(false);
         if let Some(options) = fields.take("stream_options") {
             let mut options = Fields::nested(options, "stream_options")?;
             options.only("include_obfuscation", &[json!(false)])?;
             options.finish()?;
         }
-        if background && (stream || !store) {
+        if asked.background && (asked.stream || !asked.store) {
             return Err(ApiError::unsupported("background", "needs store: true and no stream"));
         }
+        fields.finish()?;
+        asked.repeat();
+        Ok(asked)
+    }
+
+    /// Takes a request apart that only asks how long its prompt is.
+    pub(crate) fn read_prompt(mut fields: Fields) -> Result<Self, ApiError> {
+        let asked = Self::take_prompt(&mut fields)?;
+        fields.finish()?;
+        Ok(asked)
+    }
+
+    /// What the prompt is made of.
+    fn take_prompt(fields: &mut Fields) -> Result<Self, ApiError> {
+        let (mut chat, mut echo) = (Map::new(), Map::new());
+        pass(fields, &PASSED_TO_PROMPT, &mut chat);
+        text(fields, &mut chat, &mut echo)?;
+        reasoning(fields, &mut chat, &mut echo)?;
+        tools(fields, &mut chat, &mut echo)?;
         fields.only("truncation", &[json!("disabled")])?;
         let previous = fields.string("previous_response_id")?;
         let instructions = fields.string("instructions")?;
         let input = items::read(fields.take("input"))?;
-        rest.finish()?;
         if input.is_empty() && previous.is_none() && instructions.is_none() {
             return Err(ApiError::invalid("input", "is missing"));
         }
-        for (name, neutral) in [("temperature", json!(1.0)), ("top_p", json!(1.0))] {
-            echo.insert(name.into(), chat.get(name).cloned().unwrap_or(neutral));
-        }
-        echo.insert(
-            "parallel_tool_calls".into(),
-            chat.get("parallel_tool_calls").cloned().unwrap_or(json!(true)),
-        );
-        for name in ["user", "prompt_cache_key", "safety_identifier"] {
-            echo.extend(chat.get(name).map(|v| (name.to_string(), v.clone())));
-        }
-        echo.insert("previous_response_id".into(), json!(previous));
-        echo.insert("instructions".into(), json!(instructions));
-        echo.insert("store".into(), store.into());
-        echo.insert("background".into(), background.into());
+        let (stream, store, background) = (false, false, false);
         Ok(Self { chat, input, previous, instructions, stream, store, background, echo })
+    }
+
+    /// Fills in the fields of the response that repeat the request.
+    fn repeat(&mut self) {
+        let chat = &self.chat;
+        let or = |name: &str, neutral: Value| chat.get(name).cloned().unwrap_or(neutral);
+        let rows = [
+            ("temperature", or("temperature", json!(1.0))),
+            ("top_p", or("top_p", json!(1.0))),
+            ("parallel_tool_calls", or("parallel_tool_calls", json!(true))),
+            ("previous_response_id", json!(self.previous)),
+            ("instructions", json!(self.instructions)),
+            ("store", json!(self.store)),
+            ("background", json!(self.background)),
+        ];
+        self.echo.extend(rows.map(|(name, value)| (name.to_string(), value)));
+        for name in ["user", "prompt_cache_key", "safety_identifier"] {
+            self.echo.extend(chat.get(name).map(|v| (name.to_string(), v.clone())));
+        }
     }
 
     /// The body for the chat route; `history` is what came before the new items.
@@ -121,6 +137,13 @@ impl Asked {
         let mut chat = self.chat.clone();
         chat.insert("messages".into(), items::messages(self.instructions.as_deref(), &all).into());
         chat.into()
+    }
+}
+
+/// Passes fields on as they are.
+fn pass(fields: &mut Fields, names: &[&str], chat: &mut Map<String, Value>) {
+    for &name in names {
+        chat.extend(fields.take(name).map(|value| (name.to_string(), value)));
     }
 }
 
@@ -186,7 +209,6 @@ fn tools(
     echo: &mut Map<String, Value>,
 ) -> Result<(), ApiError> {
     let list = fields.list("tools")?.unwrap_or_default();
-    fields.only("max_tool_calls", &[])?;
     let choice = fields.take("tool_choice");
     echo.insert("tools".into(), list.clone().into());
     echo.insert("tool_choice".into(), choice.clone().unwrap_or("auto".into()));
