@@ -110,7 +110,7 @@ impl ApiError {
 
     pub(crate) fn too_many_sockets() -> Self {
         let e = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "too many WebSockets are open");
-        Self { code: Some("too_many_connections"), retry_after: true, ..e }
+        Self { code: Some("too_many_connections"), retry_after: Some(1), ..e }
     }
 
     pub(crate) fn loading() -> Self {
