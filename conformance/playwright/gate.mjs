@@ -48,9 +48,10 @@ export class Gate {
     this.#next = [];
   }
 
-  /** Answers the next request for an answer: `{ status, headers, body }`. */
+  /** Answers the next request for an answer: `{ status, headers, body }`; held after `heldAfter` events, if said. */
   next(answer) {
     this.#next.push(answer);
+    if (answer.heldAfter) this.hold(answer.heldAfter);
   }
 
   close() {
@@ -67,10 +68,13 @@ export class Gate {
       const body = Buffer.concat(parts);
       if (chat) this.asked.push({ body: JSON.parse(body), key: from.headers.authorization });
       const own = chat && this.#next.shift();
-      if (own) return to.writeHead(own.status, own.headers).end(own.body);
+      if (own) {
+        to.writeHead(own.status, own.headers);
+        return own.heldAfter ? this.#stream([own.body], to) : to.end(own.body);
+      }
       const request = http.request(target + from.url, { method: from.method, headers: from.headers }, (answer) => {
         to.writeHead(answer.statusCode, answer.headers);
-        if (chat) this.#stream(answer, to);
+        if (chat) this.#stream(answer.setEncoding('utf8'), to);
         else answer.pipe(to);
       });
       request.on('error', () => to.destroy());
@@ -80,11 +84,12 @@ export class Gate {
     });
   }
 
-  async #stream(answer, to) {
+  /** Passes the events of a stream's parts on, or holds them. */
+  async #stream(parts, to) {
     let rest = '';
     let passed = 0;
     try {
-      for await (const part of answer.setEncoding('utf8')) {
+      for await (const part of parts) {
         const events = (rest + part).split('\n\n');
         rest = events.pop();
         for (const event of events) {

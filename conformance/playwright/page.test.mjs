@@ -7,6 +7,10 @@ import { Session } from './session.mjs';
 const DESKTOP = { viewport: { width: 1280, height: 800 } };
 const PHONE = { viewport: { width: 390, height: 844 }, isMobile: true, hasTouch: true };
 const AXE = await readFile(createRequire(import.meta.url).resolve('axe-core/axe.min.js'), 'utf8');
+const WEATHER = {
+  name: 'get_weather', description: 'Get the weather of a city',
+  parameters: { type: 'object', properties: { city: { type: 'string', description: 'The city' } }, required: ['city'] },
+};
 const STORY = 'Tell me a story about a fox who finds a lantern.';
 
 let session;
@@ -51,6 +55,13 @@ async function askHeld(page, gate, text, events = 12) {
   await page.waitForFunction(() => document.querySelector('article.answer:last-child > .prose')?.textContent.length > 5);
 }
 
+async function declareWeather(page) {
+  await button(page, 'Settings').click();
+  await page.getByLabel('Tool definitions, JSON').fill(JSON.stringify(WEATHER));
+  await button(page, 'Done').click();
+  await button(page, 'get_weather').waitFor();
+}
+
 async function metric(name) {
   const text = await (await fetch(`${session.base}/metrics`)).text();
   return Number(new RegExp(`^${name}(?:\\{[^}]*\\})? (\\S+)$`, 'm').exec(text)[1]);
@@ -90,7 +101,7 @@ for (const [device, size] of [['desktop', DESKTOP], ['phone', PHONE]]) {
       const text = (await proseOf(answers(page).last()).innerText()).replace(/\s+/g, ' ').trim();
       assert.ok(text.length > begun.length && text.startsWith(begun.replace(/\s+/g, ' ')), `${begun} / ${text}`);
 
-      const { stream: _, stream_options: __, ...body } = gate.asked[0].body;
+      const { stream: _, stream_options: __, return_progress: ___, ...body } = gate.asked[0].body;
       const direct = await fetch(`${session.base}/v1/chat/completions`, {
         method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify(body),
       });
@@ -153,12 +164,24 @@ for (const [device, size] of [['desktop', DESKTOP], ['phone', PHONE]]) {
       assert.equal(await answers(page).last().locator('details').isVisible(), false);
     });
 
-    onPage('tool calls are shown and answered by hand', size, async (page, gate) => {
-      const tool = { name: 'get_weather', description: 'Weather of a city', parameters: { type: 'object', properties: { city: { type: 'string' } } } };
-      await button(page, 'Settings').click();
-      await page.getByLabel('Tool definitions, JSON').fill(JSON.stringify(tool));
-      await button(page, 'Done').click();
-      await button(page, 'get_weather').waitFor();
+    onPage('the model calls a tool, and goes on with what it answered', size, async (page, gate) => {
+      await declareWeather(page);
+      const answer = await ask(page, 'What is the weather in Paris?');
+      const card = answer.getByRole('group', { name: 'Tool call 1: get_weather' });
+      assert.deepEqual(JSON.parse(await card.locator('pre').innerText()), { city: 'Paris' });
+      assert.equal(await proseOf(answer).innerText(), '');
+      await page.getByLabel('Result of get_weather').fill('{"temperature": 21, "sky": "clear"}');
+      await button(page, 'Send result').click();
+      await whole(page).nth(1).waitFor();
+      assert.ok((await proseOf(answers(page).last()).innerText()).trim());
+      const [, call, result] = gate.asked[1].body.messages;
+      assert.equal(call.tool_calls[0].id, result.tool_call_id);
+      await page.reload();
+      await page.getByText('answered', { exact: true }).waitFor();
+    });
+
+    onPage('several tool calls are shown and answered by hand', size, async (page, gate) => {
+      await declareWeather(page);
       gate.next(stream([
         { reasoning_content: 'Two calls.' },
         { content: 'I will look.' },
@@ -167,7 +190,7 @@ for (const [device, size] of [['desktop', DESKTOP], ['phone', PHONE]]) {
         { tool_calls: [{ index: 1, id: 'call_2', type: 'function', function: { name: 'get_weather', arguments: '{"city":"Rom"}' } }] },
       ], { reason: 'tool_calls' }));
       const answer = await ask(page, 'How is the weather in Bern and in Rome?');
-      assert.deepEqual(gate.asked[0].body.tools, [{ type: 'function', function: tool }]);
+      assert.deepEqual(gate.asked[0].body.tools, [{ type: 'function', function: WEATHER }]);
       const cards = page.getByRole('group', { name: /^Tool call \d: get_weather$/ });
       assert.equal(await cards.count(), 2);
       assert.deepEqual(JSON.parse(await cards.first().locator('pre').innerText()), { city: 'Bern' });
@@ -358,7 +381,7 @@ describe('any size', () => {
     const { model, ...body } = gate.asked[0].body;
     assert.deepEqual(body, {
       messages: [{ role: 'system', content: 'You are a pirate.' }, { role: 'user', content: 'Hello!' }],
-      stream: true, stream_options: { include_usage: true }, temperature: 0.5, top_p: 0.9, max_tokens: 7, seed: 11, stop: ['END', 'STOP'],
+      stream: true, stream_options: { include_usage: true }, return_progress: true, temperature: 0.5, top_p: 0.9, max_tokens: 7, seed: 11, stop: ['END', 'STOP'],
     });
     await page.getByText(/7 tokens .* cut at the token limit/).waitFor();
     await button(page, 'New chat').click();
@@ -372,6 +395,27 @@ describe('any size', () => {
     await page.getByRole('navigation').getByText('Hello!').last().click();
     await button(page, 'Settings').click();
     assert.equal(await page.getByLabel('System prompt').inputValue(), 'You are a pirate.');
+  });
+
+  onPage('a long prompt shows how far it is', DESKTOP, async (page, gate) => {
+    const progress = (processed) => `data: ${JSON.stringify({ choices: [], prompt_progress: { total: 900, cache: 0, processed } })}\n\n`;
+    const answer = stream([{ content: 'Read.' }]);
+    gate.next({ ...answer, body: progress(300) + progress(600) + answer.body, heldAfter: 2 });
+    await field(page).fill('Read this.');
+    await field(page).press('Enter');
+    await page.getByText(/^Reading the prompt: 600 of 900 tokens/).waitFor();
+    const bar = page.getByRole('progressbar', { name: 'Prompt read' });
+    assert.deepEqual(await bar.evaluate((b) => [b.value, b.max]), [600, 900]);
+    gate.release();
+    await whole(page).waitFor();
+    assert.equal(await bar.isVisible(), false);
+    // The server's own: a prompt of several steps.
+    const { body } = gate.asked[0];
+    const told = await fetch(`${session.base}/v1/chat/completions`, {
+      method: 'POST', headers: { 'content-type': 'application/json' },
+      body: JSON.stringify({ ...body, max_tokens: 1, messages: [{ role: 'user', content: 'cat '.repeat(2500) }] }),
+    });
+    assert.match(await told.text(), /"prompt_progress":\{[^}]*"total":/);
   });
 
   onPage('an answer goes on while another conversation is looked at', DESKTOP, async (page, gate) => {

@@ -92,7 +92,7 @@ impl Tree {
 }
 
 /// The root of the repository: the folder above this crate.
-fn root() -> PathBuf {
+pub fn root() -> PathBuf {
     let own = env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
     own.and_then(|p| p.parent().map(Path::to_path_buf)).unwrap_or_else(|| PathBuf::from("."))
 }

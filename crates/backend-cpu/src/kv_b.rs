@@ -17,7 +17,7 @@ pub(crate) const SLICE: usize = 64;
 ///
 /// It is packed while the model loads: it is small, and what is in its place until then would need code of its own.
 pub(crate) struct PackedKvB {
-    #[expect(dead_code, reason = "keeps what the panels point to")]
+    #[allow(dead_code, reason = "keeps what the panels point to; tests look at it")]
     bytes: HugeBytes,
     panels: KvBPanels,
 }

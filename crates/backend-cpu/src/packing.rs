@@ -178,3 +178,38 @@ fn start(nodes: Arc<Nodes>) -> Result<Running, Error> {
     let thread = std::thread::Builder::new().name("oxseek-pack".into()).spawn(pack).map_err(failed)?;
     Ok(Running { jobs: Some(jobs), hold, done, thread })
 }
+
+#[cfg(test)]
+mod tests {
+    use oxseek_tensor::{DType, conformance::Random};
+
+    use super::*;
+    use crate::numa::Topology;
+
+    /// Waits for the next result without saying that nothing more will come.
+    fn next(packer: &Packer) -> usize {
+        packer.running.as_ref().unwrap().done.recv().unwrap().0
+    }
+
+    #[test]
+    fn packing_goes_on_after_the_first_step_whether_it_was_read_or_not() {
+        for read in [true, false] {
+            let mut packer = Packer::new(Arc::new(Nodes::new(Topology::default(), 1)));
+            let m = Random::new(1).matrix(DType::BF16, 20, 8).unwrap();
+            packer.push(7, m.clone(), PackedFormat::Bf16).unwrap();
+            packer.step_begins();
+            assert!(packer.running.as_ref().unwrap().hold.load(Relaxed));
+            if read {
+                packer.step_is_over()
+            } else {
+                packer.step_begins()
+            }
+            assert!(!packer.running.as_ref().unwrap().hold.load(Relaxed));
+            assert_eq!(next(&packer), 7);
+            // Later steps hold nothing up.
+            packer.step_begins();
+            packer.push(8, m, PackedFormat::Bf16).unwrap();
+            assert_eq!(next(&packer), 8);
+        }
+    }
+}

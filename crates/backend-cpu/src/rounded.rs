@@ -38,7 +38,7 @@ impl Rounding {
 }
 
 /// The tiles of `n` tokens, at most `most` wide and as even as they can be: first token and width of each.
-pub(crate) fn tiles(n: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(crate) fn tiles(n: usize, most: usize) -> impl Iterator<Item = (usize, usize)> + Clone {
     let count = n.div_ceil(most).max(1);
     let (width, wider) = (n / count, n % count);
     (0..count).map(move |i| (i * width + i.min(wider), width + usize::from(i < wider))).filter(|t| t.1 > 0)

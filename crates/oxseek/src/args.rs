@@ -6,7 +6,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 use oxseek_backend_cpu::{Level, Precision};
 use oxseek_tensor::{CacheFormat, DType};
 
-use crate::{formats, quantize::Target};
+use crate::{formats, key::KeyArgs, quantize::Target, serve::entry::EntryArgs};
 
 /// Runs and serves models of the DeepSeek family.
 ///
@@ -27,6 +27,8 @@ pub enum Command {
     Chat(ChatArgs),
     /// Serve the OpenAI-compatible API and the chat page
     Serve(ServeArgs),
+    /// Make, list and revoke the API keys of a key file
+    Key(KeyArgs),
     /// Show a checkpoint's architecture, parameters and bytes
     Inspect(InspectArgs),
     /// Tell before loading what a model needs, whether that fits, and how fast it will be
@@ -48,6 +50,10 @@ pub struct ModelArgs {
     /// file (of a model in parts any one)
     #[arg(short, long, env = "OXSEEK_MODEL", value_name = "PATH")]
     pub model: Option<PathBuf>,
+    /// Where it runs: cpu, cuda (an NVIDIA GPU), cuda:N (the GPU with that number); auto takes a GPU
+    /// that holds the model, else the CPU
+    #[arg(long, env = "OXSEEK_DEVICE", default_value = "auto", value_name = "DEVICE")]
+    pub device: DeviceArg,
     /// Threads that compute; default: the cores this process may use
     #[arg(short, long, env = "OXSEEK_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -68,6 +74,31 @@ pub struct ModelArgs {
     /// are chosen (disk); auto takes disk when memory is short
     #[arg(long, env = "OXSEEK_EXPERTS", value_enum, default_value_t = ExpertsArg::Auto)]
     pub experts: ExpertsArg,
+}
+
+/// Where a model runs, on the command line.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum DeviceArg {
+    /// A GPU that holds the model, else the CPU.
+    #[default]
+    Auto,
+    Cpu,
+    /// The CUDA device with this number.
+    Cuda(u16),
+}
+
+impl std::str::FromStr for DeviceArg {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let wrong = || format!("{s:?} is no device: auto, cpu, cuda or cuda:N");
+        match s {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            _ => s.strip_prefix("cuda:").and_then(|n| n.parse().ok()).map(Self::Cuda).ok_or_else(wrong),
+        }
+    }
 }
 
 /// Where routed experts are, on the command line.
@@ -179,7 +210,7 @@ pub struct ChatArgs {
 /// `oxseek serve`
 #[derive(Debug, ClapArgs)]
 pub struct ServeArgs {
-    /// Address to listen on; anything but loopback is open to whoever can reach it
+    /// Address to listen on; anything but loopback needs a key or --allow-no-key
     #[arg(long, env = "OXSEEK_HOST", default_value = "127.0.0.1")]
     pub host: IpAddr,
     /// Port to listen on; 0 takes a free one and prints it
@@ -191,6 +222,8 @@ pub struct ServeArgs {
     /// Requests that may wait; more are refused with 429
     #[arg(long, env = "OXSEEK_QUEUE", default_value_t = 256)]
     pub queue: usize,
+    #[command(flatten)]
+    pub entry: EntryArgs,
     #[command(flatten)]
     pub model: ModelArgs,
 }
@@ -247,6 +280,10 @@ pub struct BenchArgs {
     /// Show where the time went, op by op
     #[arg(long)]
     pub profile: bool,
+    /// Take the model out of the system's file cache first, so that the start reads it from disk, and
+    /// measure how fast the disk is
+    #[arg(long)]
+    pub cold: bool,
     /// Measure only what this machine can do, reading and multiplying; no model is loaded
     #[arg(long)]
     pub limit: bool,
@@ -325,7 +362,30 @@ pub struct SelftestArgs {
     #[cfg(feature = "demo")]
     #[arg(long)]
     pub formats: bool,
+    /// What is checked: cpu, cuda or cuda:N; auto checks the CPU
+    #[arg(long, env = "OXSEEK_DEVICE", default_value = "auto", value_name = "DEVICE")]
+    pub device: DeviceArg,
     /// Threads that compute; default: 1, 2 and 8
     #[arg(short, long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Vec<u16>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_named_or_refused() {
+        for (text, device) in [
+            ("auto", DeviceArg::Auto),
+            ("cpu", DeviceArg::Cpu),
+            ("cuda", DeviceArg::Cuda(0)),
+            ("cuda:3", DeviceArg::Cuda(3)),
+        ] {
+            assert_eq!(text.parse(), Ok(device));
+        }
+        for text in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:70000", "CUDA"] {
+            assert!(text.parse::<DeviceArg>().is_err_and(|e| e.contains("is no device")), "{text}");
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! `oxseek bench`: how fast the model starts, prefills and decodes, and how near it comes to what the machine can do.
 
+mod cold;
 mod report;
 mod test;
 
@@ -10,6 +11,7 @@ use oxseek_model::{DeepSeek, Footprint, LoadOptions, kv::blocks_for};
 use oxseek_tensor::CacheFormat;
 
 use self::{
+    cold::Cold,
     report::{Machine, Report, Start},
     test::{Context, Test},
 };
@@ -31,6 +33,9 @@ pub fn bench(args: &BenchArgs, started: Instant) -> Result<(), Failure> {
         return report.limits(&Machine::of(&backend), &limits);
     }
     let sizes = Sizes::of(args)?;
+    let cold = args.cold.then(|| make_cold(args)).transpose()?;
+    // What came before was no part of a start.
+    let started = if cold.is_some() { Instant::now() } else { started };
     let (name, checkpoint) = open_checkpoint(args.model.model.as_deref())?;
     let footprint = Footprint::of(&checkpoint, args.model.cache_format());
     let most = checkpoint.config().max_position_embeddings;
@@ -51,7 +56,7 @@ pub fn bench(args: &BenchArgs, started: Instant) -> Result<(), Failure> {
     let packing = since.elapsed();
     let probe = probe(level, threads)?;
     let mut limits = probe.measure();
-    let start = Start { load, prompt: START_TOKENS, first_token, first_token_at, packing };
+    let start = Start { load, prompt: START_TOKENS, first_token, first_token_at, packing, cold };
     report.begin(&name, &machine, &footprint, &start, &limits)?;
     for &depth in &sizes.depths {
         context.fill(&mut model, depth)?;
@@ -62,6 +67,13 @@ pub fn bench(args: &BenchArgs, started: Instant) -> Result<(), Failure> {
         }
     }
     report.end()
+}
+
+fn make_cold(args: &BenchArgs) -> Result<Cold, Failure> {
+    let Some(path) = &args.model.model else {
+        return Err(Failure::Usage("--cold needs --model: the built-in model is part of the program".into()));
+    };
+    Cold::prepare(path, cpu_backend(&args.model)?.threads())
 }
 
 fn probe(level: oxseek_backend_cpu::Level, threads: usize) -> Result<LimitProbe, Failure> {

@@ -12,6 +12,7 @@ use oxseek_weights::{Checkpoint, Gguf, gguf::Value};
 
 use crate::{
     args::ModelArgs,
+    device::chosen_backend,
     failure::Failure,
     plan::{need::Experts, place_experts},
     wording::Wording,
@@ -171,9 +172,9 @@ pub fn start_engine(
 }
 
 fn load_model(checkpoint: &Checkpoint, args: &ModelArgs, options: LoadOptions) -> Result<DeepSeek, Failure> {
-    let backend = placed_backend(args, checkpoint, &options)?;
+    let backend = chosen_backend(args, checkpoint, &options)?;
     let bar = LoadBar::new();
-    let model = DeepSeek::load(checkpoint, Box::new(backend), options, &mut |done, of| bar.show(done, of))
+    let model = DeepSeek::load(checkpoint, backend, options, &mut |done, of| bar.show(done, of))
         .map_err(|e| Failure::Model(e.to_string()))?;
     bar.finish();
     Ok(model)

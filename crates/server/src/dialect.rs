@@ -1,10 +1,18 @@
 //! How a model talks: what its template reads and how it writes its turns.
 
-use std::sync::Arc;
+use std::{
+    fmt::Write,
+    sync::{Arc, OnceLock},
+};
 
+use oxseek_constrain::{Error, Grammars};
 use oxseek_text::{CallStyle, ChatTemplate, Tokenizer, TurnFormat};
 
-use crate::openai::messages::ArgumentsForm;
+use crate::{
+    error::ApiError,
+    openai::{constraint::Rules, messages::ArgumentsForm},
+    state::Model,
+};
 
 /// What is known of a model's way to talk, found out once.
 pub struct Dialect {
@@ -15,6 +23,8 @@ pub struct Dialect {
     pub(crate) declares_tools: bool,
     /// The template opens and closes thinking as it is asked to.
     pub(crate) thinking_switch: bool,
+    /// Made for the first request that needs it.
+    grammars: OnceLock<Result<Grammars, Error>>,
 }
 
 impl Dialect {
@@ -26,6 +36,34 @@ impl Dialect {
             arguments: ArgumentsForm::of(source),
             declares_tools: source.contains("tools"),
             thinking_switch: source.contains("thinking"),
+            grammars: OnceLock::new(),
+        }
+    }
+
+    /// The model's tokens, ready for grammars.
+    pub(crate) fn grammars(&self, model: &Model) -> Result<&Grammars, ApiError> {
+        let make = || {
+            let tokenizer = model.engine.tokenizer();
+            let no_end = || Error::Tokenizer("no token ends its answers".into());
+            let end = tokenizer.token_id(&model.eos).or(tokenizer.eos_id()).ok_or_else(no_end)?;
+            Grammars::new(tokenizer, end)
+        };
+        let made = self.grammars.get_or_init(make);
+        made.as_ref().map_err(|e| ApiError::unsupported("response_format", e.to_string()))
+    }
+
+    /// Rules that hold nothing yet.
+    pub(crate) fn rules(&self, model: &Model) -> Rules {
+        let tokenizer = model.engine.tokenizer();
+        Rules {
+            think_open: self.format.think_open_id(),
+            think_close: self.format.think_close_id(),
+            thinking: false,
+            thinking_tokens_max: None,
+            end: tokenizer.token_id(&model.eos).or(tokenizer.eos_id()),
+            grammar: None,
+            behind: None,
+            vocab: model.engine.limits().vocab as u32,
         }
     }
 
@@ -33,7 +71,7 @@ impl Dialect {
     pub(crate) fn declaration(&self, tools: &[serde_json::Value]) -> String {
         let mut text = String::from("## Tools\nYou have access to the following tools:\n");
         for tool in tools {
-            text += &format!("\n{}\n", tool["function"]);
+            let _ = write!(text, "\n{}\n", tool["function"]);
         }
         text += "\nTo call tools, write nothing else than this, with arguments that are valid for the parameters:\n";
         text += match self.format.calls() {

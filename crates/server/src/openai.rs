@@ -2,9 +2,13 @@
 
 mod answer;
 mod body;
+pub(crate) mod capabilities;
 pub(crate) mod chat;
 pub(crate) mod completions;
+pub(crate) mod constraint;
+mod depth;
 mod fields;
+mod formats;
 pub(crate) mod messages;
 pub(crate) mod models;
 mod parameters;

@@ -7,14 +7,15 @@ export const newAnswer = () => ({
 });
 
 /** The body of a request for the next answer of a conversation. */
-export function requestBody(model, { settings, messages }, capabilities) {
+export function requestBody(model, { settings, messages }) {
   const asked = messages.findLastIndex((m) => m.role === 'user');
   const list = messages.map((m, i) => ({ ...m, goesOn: i > asked }))
     .filter((m) => m.role !== 'assistant' || m.content || m.calls.length).map(wireMessage);
   if (settings.system?.trim()) list.unshift({ role: 'system', content: settings.system });
-  const body = { model, messages: list, stream: true, stream_options: { include_usage: true }, ...parameters(settings) };
+  const body = {
+    model, messages: list, stream: true, stream_options: { include_usage: true }, return_progress: true, ...parameters(settings),
+  };
   if (settings.thinking) body.chat_template_kwargs = { thinking: true };
-  if (capabilities.progress) body.return_progress = true;
   return body;
 }
 

@@ -6,7 +6,7 @@ import { Server } from './server.js';
 import { fillForm, kept, readForm, toolsOf } from './settings.js';
 import { Sidebar } from './sidebar.js';
 
-const SUGGESTIONS = ['Tell me a story about a fox who finds a lantern.', 'Why is the sky blue?', 'Hello! What can you do?'];
+const SUGGESTIONS = ['Tell me a story about a fox.', 'Why is the sky blue?', 'Hello! What can you do?'];
 const THEMES = { auto: 'Colours as the system', light: 'Light colours', dark: 'Dark colours' };
 const KEY_WANTED = 'This server asks for a key.';
 const SAVE_EVERY_MS = 2000;
@@ -23,7 +23,6 @@ const narrow = matchMedia('(max-width: 50rem)');
 const touch = matchMedia('(hover: none)');
 
 let model = null;
-let capabilities = {};
 let conversation = blank();
 /** Answers on their way, by conversation: `{ conversation, controller, view }`. */
 const running = new Map();
@@ -75,7 +74,7 @@ function send(content) {
 
 const titleOf = (content) => {
   const line = content.split('\n', 1)[0];
-  return line.length > 60 ? `${line.slice(0, 57).trimEnd()}…` : line;
+  return line.length > 60 ? `${line.slice(0, 57).replace(/[\s.,;:!?]+$/, '')}…` : line;
 };
 
 function edit(at, content) {
@@ -106,7 +105,7 @@ async function run() {
   const mine = { conversation, controller: new AbortController(), view: null };
   const { id } = conversation;
   try {
-    const body = requestBody(model.id, conversation, capabilities);
+    const body = requestBody(model.id, conversation);
     conversation.messages.push(turn);
     running.set(id, mine);
     if (location.hash.slice(1) !== id) history.pushState(null, '', `#${id}`);
@@ -215,10 +214,11 @@ async function watch() {
 
 /** Learns what is served; false where asking again may help. */
 async function meet() {
-  let [found, refused] = [null, false];
+  let found = null;
+  let refused = false;
   let trouble = await server.trouble();
   try {
-    if (!trouble) [found, capabilities] = [await server.model(), await server.capabilities()];
+    if (!trouble) found = await server.model();
   } catch (e) {
     refused = [401, 403].includes(e.status);
     trouble = e.status === 401 ? KEY_WANTED : e.message;

@@ -121,7 +121,7 @@ export class AnswerView {
     if (this.#waiting.hidden) return;
     const seconds = Math.floor((performance.now() - this.#asked) / 1000);
     const text = progress ? `Reading the prompt: ${progress.read} of ${progress.total} tokens` : 'Reading the prompt';
-    this.#waiting.lastChild.textContent = seconds < 1 && !progress ? '' : `${text} · ${seconds} s`;
+    this.#waiting.lastChild.textContent = seconds > 0 ? `${text} · ${seconds} s` : progress ? text : '';
     if (!progress) return;
     this.#progress.max = progress.total;
     this.#progress.value = progress.read;

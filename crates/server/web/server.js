@@ -31,16 +31,6 @@ export class Server {
     return (await (await this.#fetch('/v1/models')).json()).data[0];
   }
 
-  /** What the server can do, or nothing where it does not tell. */
-  async capabilities() {
-    try {
-      return await (await this.#fetch('/v1/capabilities')).json();
-    } catch (e) {
-      if (e.status === 404) return {};
-      throw e;
-    }
-  }
-
   /** Chunks of an answer as they come, several at a time. */
   async *chat(body, signal) {
     const response = await this.#fetch('/v1/chat/completions', {

@@ -5,16 +5,31 @@ use crate::tree::{File, Tree};
 
 /// Crates of the workspace and what each may depend on. A missing arrow is a rule: `model` sees no backend, `engine`
 /// no HTTP, `server` no tensor, `text` no model. Tests (`dev-dependencies`) may put a whole engine together.
-const ARROWS: [(&str, &[&str]); 10] = [
+const ARROWS: [(&str, &[&str]); 12] = [
     ("tensor", &[]),
     ("backend-cpu", &["tensor"]),
+    ("backend-cuda", &["tensor"]),
     ("weights", &["tensor"]),
     ("text", &[]),
+    ("constrain", &["text"]),
     ("model", &["tensor", "weights"]),
     ("selftest", &["tensor", "weights", "model"]),
     ("engine", &["model", "text"]),
-    ("server", &["engine", "text"]),
-    ("oxseek", &["tensor", "backend-cpu", "weights", "text", "model", "selftest", "engine", "server"]),
+    ("server", &["constrain", "engine", "text"]),
+    (
+        "oxseek",
+        &[
+            "tensor",
+            "backend-cpu",
+            "backend-cuda",
+            "weights",
+            "text",
+            "model",
+            "selftest",
+            "engine",
+            "server",
+        ],
+    ),
     ("xtask", &[]),
 ];
 

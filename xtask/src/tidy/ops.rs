@@ -7,7 +7,7 @@ use crate::tree::Tree;
 
 const REFERENCE: &str = "crates/tensor/src/reference/";
 const CONFORMANCE: &str = "crates/tensor/src/conformance/";
-const BACKENDS: [&str; 1] = ["crates/backend-cpu/src/ops/"];
+const BACKENDS: [&str; 2] = ["crates/backend-cpu/src/ops/", "crates/backend-cuda/src/ops/"];
 /// What the conformance suite has besides the ops.
 const CONFORMANCE_OWN: [&str; 2] = ["random.rs", "refusals.rs"];
 
@@ -51,6 +51,7 @@ mod tests {
                 ("crates/tensor/src/conformance/moe.rs", ""),
                 ("crates/tensor/src/conformance/random.rs", ""),
                 (cpu, ""),
+                ("crates/backend-cuda/src/ops/moe.rs", ""),
             ]
         };
         assert!(places(same_files_everywhere, &files("crates/backend-cpu/src/ops/moe.rs")).is_empty());

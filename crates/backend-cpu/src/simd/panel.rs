@@ -213,6 +213,7 @@ trait Tiled<P: Panel> {
 pub(super) struct Ahead {
     /// Whether this tile is the first that reads its groups, and nobody fetched them before.
     streams: bool,
+    stream_ahead: usize,
     group_bytes: usize,
     next: *const u8,
     share: usize,
@@ -221,11 +222,19 @@ pub(super) struct Ahead {
 }
 
 impl Ahead {
-    /// What a tile brings when `tiles` of them use the same groups, in `steps` steps each.
-    fn new(next: *const u8, groups: usize, group_bytes: usize, tiles: usize, steps: usize) -> Self {
-        let (share, streams) = (groups * group_bytes / tiles, tiles < AHEAD_TILES_MIN);
-        let step = if streams { 0 } else { share * 256 / steps.max(1) };
-        Self { streams, group_bytes, next, share, step }
+    /// What a tile brings when `tiles` of them use the same `groups`, in `steps` steps each.
+    fn new(groups: usize, group_bytes: usize, tiles: usize, steps: usize) -> Self {
+        let (share, steps) = (groups * group_bytes / tiles, steps.max(1));
+        let step = if tiles < AHEAD_TILES_MIN { 0 } else { share * 256 / steps };
+        // Whole steps, so that no step's lines lie in two groups.
+        let step_bytes = (group_bytes / steps).max(1);
+        let stream_ahead = STREAM_AHEAD.div_ceil(step_bytes) * step_bytes;
+        Self { streams: step == 0, stream_ahead, group_bytes, next: std::ptr::null(), share, step }
+    }
+
+    /// For the first tile of groups that `next` comes after.
+    fn from(&self, next: *const u8) -> Self {
+        Self { next, ..*self }
     }
 
     /// For the next tile of the same groups.
@@ -248,7 +257,7 @@ impl Ahead {
     }
 }
 
-/// The lines of the groups that come [`STREAM_AHEAD`] bytes after those in use, if `S`.
+/// The lines of the groups that come about [`STREAM_AHEAD`] bytes after those in use, if `S`.
 pub(super) struct Stream<const G: usize, const S: bool>([*const u8; G]);
 
 impl Ahead {
@@ -259,7 +268,7 @@ impl Ahead {
         groups: [*const u8; G],
         offset: usize,
     ) -> Stream<G, S> {
-        let offset = offset + STREAM_AHEAD;
+        let offset = offset + self.stream_ahead;
         if offset < self.group_bytes {
             return Stream(groups).from(offset);
         }
@@ -319,15 +328,16 @@ unsafe fn tiles_of<P: Panel, D: Tiled<P>, const G: usize>(g: &PanelGemm<'_>) {
     let together = (X_BYTES_TOGETHER / (g.x.row_words * 4 * D::TILE)).max(1);
     for from in (0..count).step_by(together) {
         let block = from..count.min(from + together);
+        let tiles = rounded::tiles(n, D::TILE).skip(block.start).take(block.len());
+        let ahead = Ahead::new(G, g.w.group_bytes, block.len(), g.w.cols / 128);
         for group in g.groups.clone().step_by(G) {
             let last = g.groups.end - 1;
             // Where there is no second group the first stands in for it, and its products are thrown away.
             let groups: [*const u8; G] = std::array::from_fn(|i| g.w.group((group + i).min(last)));
             let is_last = group + G >= g.groups.end && !g.then.is_null();
             let next = if is_last { g.then } else { g.w.group(group + G) };
-            let mut ahead = Ahead::new(next, G, g.w.group_bytes, block.len(), g.w.cols / 128);
-            let tiles = rounded::tiles(n, D::TILE).skip(block.start).take(block.len());
-            for (first, width) in tiles {
+            let mut ahead = ahead.from(next);
+            for (first, width) in tiles.clone() {
                 // SAFETY: rows of the output; the caller has the features.
                 unsafe { expect_output::<P, G>(g, group, &g.out_rows[first..first + width]) };
                 macro_rules! widths {

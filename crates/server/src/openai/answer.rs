@@ -60,8 +60,21 @@ struct ChoiceState {
 
 /// A piece of an answer.
 enum Piece {
-    Text { choice: usize, parts: Vec<TurnPart>, tokens: Vec<TokenInfo> },
-    Done { choice: usize, end: End },
+    Text {
+        choice: usize,
+        parts: Vec<TurnPart>,
+        tokens: Vec<TokenInfo>,
+    },
+    Done {
+        choice: usize,
+        end: End,
+    },
+    /// Tokens of the prompt: computed, all, and found in the cache.
+    Progress {
+        done: usize,
+        total: usize,
+        cached: usize,
+    },
 }
 
 /// How an answer ended.
@@ -157,7 +170,10 @@ impl Answer {
                     self.open -= 1;
                 }
                 // Nobody asked for these.
-                Some(Event::Progress { .. } | Event::PromptLogprobs { .. }) => {}
+                Some(Event::Progress { done, total, cached }) => {
+                    return Some(Ok(vec![Piece::Progress { done, total, cached }]));
+                }
+                Some(Event::PromptLogprobs { .. }) => {}
                 Some(Event::Failed { message }) => return Some(Err(ApiError::failed(message))),
                 None => {
                     return Some(Err(ApiError::failed(
@@ -177,6 +193,7 @@ impl Answer {
                 match piece {
                     Piece::Text { choice, parts, tokens } => whole[choice].add(parts, tokens),
                     Piece::Done { choice, end } => whole[choice].end = Some(end),
+                    Piece::Progress { .. } => {}
                 }
             }
         }
@@ -245,6 +262,11 @@ impl Answer {
     fn piece_chunks(&mut self, piece: Piece, include_usage: bool, out: &mut VecDeque<Bytes>) {
         let index = match &piece {
             Piece::Text { choice, .. } | Piece::Done { choice, .. } => *choice,
+            Piece::Progress { done, total, cached } => {
+                let mut chunk = self.frame(self.chunk_object(), &[]);
+                chunk["prompt_progress"] = json!({"total": total, "cache": cached, "processed": done});
+                return out.push_back(sse(&chunk));
+            }
         };
         let begins = !std::mem::replace(&mut self.choices[index].begun, true);
         let mut payloads: Vec<(Value, Vec<TokenInfo>, Option<End>)> = Vec::new();
@@ -263,6 +285,7 @@ impl Answer {
                 payloads.extend(deltas.into_iter().map(with_tokens));
             }
             Piece::Done { end, .. } => payloads.push((self.no_delta(), Vec::new(), Some(end))),
+            Piece::Progress { .. } => {}
         }
         for (payload, tokens, end) in payloads {
             let logprobs = if self.logprobs && !tokens.is_empty() {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::{body::Body, extract::State, http::HeaderMap, response::Response};
+use oxseek_constrain::CallRules;
 use oxseek_engine::{Request, ValidRequest};
 use oxseek_text::{TurnStart, guard_messages, guard_value};
 use serde_json::{Value, json};
@@ -10,13 +11,16 @@ use serde_json::{Value, json};
 use super::{
     answer::{Answer, Form},
     body,
+    constraint::Rules,
     fields::Fields,
+    formats::{Format, refused},
     messages::{Messages, messages},
     parameters::{Streaming, check_model, either, generation, neutral, streaming},
     thinking::Thinking,
     tools::{Choice, Tools},
 };
 use crate::{
+    caller::Caller,
     error::ApiError,
     state::{AppState, Model},
 };
@@ -24,6 +28,7 @@ use crate::{
 /// Answers a conversation.
 pub(crate) async fn chat_completions(
     State(state): State<AppState>,
+    caller: Caller,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
@@ -33,7 +38,7 @@ pub(crate) async fn chat_completions(
         let model = Arc::clone(&model);
         state.prepare(move || prepare(&model, &body)).await?
     };
-    let ticket = model.engine.submit(prepared.request)?;
+    let ticket = caller.submit(&model, prepared.request)?;
     let form = Form::Chat { format: Arc::clone(&model.dialect.format), start: prepared.start };
     let answer = Answer::new(form, model.name.clone(), vec![ticket], prepared.n, prepared.logprobs);
     answer.respond(prepared.streaming).await
@@ -56,6 +61,7 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
     request.max_tokens = either(&mut fields, "max_completion_tokens", "max_tokens", Fields::count)?;
     request.logprobs = logprobs(&mut fields, model)?;
     let streaming = streaming(&mut fields)?;
+    request.progress = streaming.progress;
     let conversation = Conversation::take(&mut fields, model)?;
     unsupported(&mut fields)?;
     neutral(&mut fields)?;
@@ -78,6 +84,8 @@ pub(crate) struct Conversation {
     pub(crate) messages: Messages,
     pub(crate) tools: Tools,
     pub(crate) thinking: Thinking,
+    /// The form of the answer.
+    pub(crate) format: Option<Format>,
 }
 
 impl Conversation {
@@ -99,7 +107,8 @@ impl Conversation {
         }
         let tools = Tools::take(fields)?;
         let thinking = Thinking::take(fields, &model.dialect)?;
-        Ok(Self { messages, tools, thinking })
+        let format = Format::take(fields)?;
+        Ok(Self { messages, tools, thinking, format })
     }
 
     /// Makes the request's prompt, and bans what the tools forbid; answers what the turn begins with.
@@ -114,16 +123,66 @@ impl Conversation {
             request.sampling.logit_bias.retain(|(token, _)| *token != id);
             request.sampling.logit_bias.push((id, -100.0));
         }
+        request.grammar = self.rules(model, thinking)?.into_grammar();
         Ok(TurnStart { thinking, calls: self.tools.callable(), ids: 0 })
+    }
+
+    /// What the answer is held to.
+    fn rules(&self, model: &Model, thinking: bool) -> Result<Rules, ApiError> {
+        let dialect = &model.dialect;
+        let mut rules = dialect.rules(model);
+        rules.thinking = thinking;
+        rules.thinking_tokens_max = self.thinking.tokens_max;
+        let forced = matches!(self.tools.choice, Choice::Required | Choice::Named(_));
+        let held =
+            self.tools.callable() && (!self.tools.parallel || self.tools.list.iter().any(|t| t.strict));
+        let format = self.format.as_ref().filter(|_| !forced);
+        if !(forced || held || format.is_some()) {
+            return Ok(rules);
+        }
+        if thinking && rules.think_close.is_none() {
+            let why = "needs a model whose closing think tag is one token, while it thinks";
+            let param = format.map_or("tools", |f| f.param);
+            return Err(ApiError::unsupported(param, why));
+        }
+        let grammars = dialect.grammars(model)?;
+        let calls = self.tools.callable().then(|| self.call_rules(model, forced)).flatten();
+        let compiled = match (format, &calls) {
+            (None, Some(calls)) if !forced => {
+                let why = "this model's calls do not begin with a token of their own";
+                rules.behind =
+                    Some(dialect.format.calls_begin_id().ok_or_else(|| ApiError::unsupported("tools", why))?);
+                grammars.compile_rest(calls)
+            }
+            (format, calls) => grammars.compile(format.map(|f| &f.rule), calls.as_ref()),
+        };
+        rules.grammar = Some(compiled.map_err(|e| {
+            let tools_alone = calls.as_ref().map(|c| grammars.compile(None, Some(c)).is_ok());
+            let param =
+                if tools_alone == Some(false) { "tools" } else { format.map_or("tools", |f| f.param) };
+            refused(param, &e)
+        })?);
+        Ok(rules)
+    }
+
+    /// The calls that the turn may hold. Who must call keeps to the schemas; else strict tools do.
+    fn call_rules(&self, model: &Model, forced: bool) -> Option<CallRules> {
+        let chosen = |i: usize| !matches!(self.tools.choice, Choice::Named(n) if n != i);
+        let tools = self.tools.list.iter().enumerate().filter(|(i, _)| chosen(*i)).map(|(_, tool)| {
+            let schema =
+                if tool.strict || forced { tool.parameters.clone() } else { json!({"type": "object"}) };
+            (tool.name.clone(), schema)
+        });
+        let earlier =
+            self.messages.list.iter().filter_map(|m| m["tool_calls"].as_array()).map(Vec::len).sum();
+        let many = self.tools.parallel && !matches!(self.tools.choice, Choice::Named(_));
+        Some(CallRules { style: model.dialect.format.calls()?, tools: tools.collect(), many, earlier })
     }
 
     fn check_tools(&self, model: &Model) -> Result<(), ApiError> {
         if !self.tools.list.is_empty() && model.dialect.format.calls().is_none() {
             let why = "this model's template and tokens show no way to call tools that this server knows";
             return Err(ApiError::unsupported("tools", why));
-        }
-        if matches!(self.tools.choice, Choice::Required | Choice::Named(_)) {
-            return Err(ApiError::unsupported("tool_choice", "can be none or auto"));
         }
         Ok(())
     }
@@ -200,11 +259,5 @@ fn unsupported(fields: &mut Fields) -> Result<(), ApiError> {
     fields.only("functions", &[json!([])])?;
     fields.only("function_call", &[json!("none"), json!("auto")])?;
     fields.only("modalities", &[json!(["text"])])?;
-    fields.only("verbosity", &[json!("medium")])?;
-    if let Some(format) = fields.take("response_format") {
-        let mut format = Fields::nested(format, "response_format")?;
-        format.only("type", &[json!("text")])?;
-        format.finish()?;
-    }
-    Ok(())
+    fields.only("verbosity", &[json!("medium")])
 }

@@ -1,0 +1,380 @@
+// Every op in plain F32 kernels for every format: exact precision. A row's sums run in one fixed order, whatever else
+// is in the step.
+#include "cache.cuh"
+
+// `step` arrays that the host uploads in begin_step.
+struct Step {
+  const int* tokens;     // [T]
+  const int* positions;  // [T]
+  const int* tables;     // [T]: where the row's block table begins in `blocks`
+  const int* blocks;
+};
+
+__device__ __forceinline__ float warp_sum(float v) {
+  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
+  return v;
+}
+
+// The sum over all threads of the block; `room` has a float per warp.
+__device__ float block_sum(float v, float* room) {
+  v = warp_sum(v);
+  __syncthreads();
+  if ((threadIdx.x & 31) == 0) room[threadIdx.x >> 5] = v;
+  __syncthreads();
+  float sum = 0;
+  for (int w = 0; w < blockDim.x >> 5; w++) sum += room[w];
+  return sum;
+}
+
+__device__ __forceinline__ float silu(float z) { return z / (1.0f + expf(-z)); }
+
+// R rows of x (where `xs` point) with row n of the matrix; every lane gets the sums.
+template <int FORMAT, int R>
+__device__ __forceinline__ void dots(const Matrix& m, int n, const float* const* xs, float* sums) {
+  const uint8_t* p = m.data + (size_t)n * m.row_bytes;
+  float acc[R];
+  for (int r = 0; r < R; r++) acc[r] = 0;
+#pragma unroll 1
+  for (int k = threadIdx.x & 31; k < m.cols; k += 32) {
+    float w = value<FORMAT>(m, p, n, k);
+#pragma unroll
+    for (int r = 0; r < R; r++) acc[r] = fmaf(xs[r][k], w, acc[r]);
+  }
+#pragma unroll
+  for (int r = 0; r < R; r++) sums[r] = warp_sum(acc[r]);
+}
+
+template <int R>
+__device__ void dots_of(const Matrix& m, int n, const float* const* xs, float* sums) {
+#define DOTS(FORMAT) dots<FORMAT, R>(m, n, xs, sums)
+  FOR_FORMAT(m.format, DOTS)
+#undef DOTS
+}
+
+template <int FORMAT>
+__device__ void decode_row(const Matrix& m, int row, float* out) {
+  const uint8_t* p = m.data + (size_t)row * m.row_bytes;
+#pragma unroll 1
+  for (int k = threadIdx.x; k < m.cols; k += blockDim.x) out[k] = value<FORMAT>(m, p, row, k);
+}
+
+// out[t] = table[tokens[t]]; one block per row.
+extern "C" __global__ void embed(const Matrix* table, const int* tokens, float* out) {
+  const Matrix m = *table;
+  int row = tokens[blockIdx.x];
+#define DECODE(FORMAT) decode_row<FORMAT>(m, row, out + (size_t)blockIdx.x * m.cols)
+  FOR_FORMAT(m.format, DECODE)
+#undef DECODE
+}
+
+// One block per row; in place when x is out. `rounded` is null or takes the row in BF16.
+extern "C" __global__ void rms_norm(const float* x, const float* weight, float eps, float* out, __nv_bfloat16* rounded, int cols) {
+  __shared__ float room[32];
+  const float* row = x + (size_t)blockIdx.x * cols;
+  float sum = 0;
+  for (int i = threadIdx.x; i < cols; i += blockDim.x) sum = fmaf(row[i], row[i], sum);
+  float scale = 1.0f / sqrtf(block_sum(sum, room) / (float)cols + eps);
+  for (int i = threadIdx.x; i < cols; i += blockDim.x) {
+    float y = weight[i] * (row[i] * scale);
+    out[(size_t)blockIdx.x * cols + i] = y;
+    if (rounded) rounded[(size_t)blockIdx.x * cols + i] = __float2bfloat16_rn(y);
+  }
+}
+
+constexpr int TILE = 4;
+
+// A warp per row of the weight and four rows of x.
+extern "C" __global__ void matmul(const Matrix* weight, const float* x, float* out, int rows, int add) {
+  const Matrix m = *weight;
+  int n = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), first = blockIdx.y * TILE;
+  if (n >= m.rows) return;
+  const float* xs[TILE];
+  for (int r = 0; r < TILE; r++) xs[r] = x + (size_t)min(first + r, rows - 1) * m.cols;
+  float sums[TILE];
+  dots_of<TILE>(m, n, xs, sums);
+  if ((threadIdx.x & 31) == 0)
+    for (int r = 0; r < TILE && first + r < rows; r++) {
+      float* o = out + (size_t)(first + r) * m.rows + n;
+      *o = add ? *o + sums[r] : sums[r];
+    }
+}
+
+__device__ __forceinline__ void rotate(float* pair, float position, float frequency, float magnitude) {
+  float s, c;
+  sincosf(position * frequency, &s, &c);
+  s *= magnitude;
+  c *= magnitude;
+  float a = pair[0], b = pair[1];
+  pair[0] = __fsub_rn(__fmul_rn(a, c), __fmul_rn(b, s));
+  pair[1] = __fadd_rn(__fmul_rn(b, c), __fmul_rn(a, s));
+}
+
+// Block per row; threads over heads and pairs.
+extern "C" __global__ void rope_queries(float* q, const int* positions, const float* frequencies, float magnitude, int heads, int nope, int rope) {
+  int pairs = rope / 2, width = nope + rope;
+  float position = (float)positions[blockIdx.x];
+  for (int i = threadIdx.x; i < heads * pairs; i += blockDim.x) {
+    int head = i / pairs, pair = i % pairs;
+    rotate(q + ((size_t)blockIdx.x * heads + head) * width + nope + 2 * pair, position, frequencies[pair], magnitude);
+  }
+}
+
+__device__ __forceinline__ const uint8_t* cache_row(const uint8_t* layer, const int* table, int position, int row_bytes) {
+  return layer + ((size_t)table[position >> 6] * 64 + (position & 63)) * row_bytes;
+}
+
+// Block per row; shared memory holds the row. `layer` is where the layer's blocks begin.
+extern "C" __global__ void mla_append(const float* kv, const float* weight, float eps, Step step, const float* frequencies, float magnitude,
+                                      uint8_t* layer, int format, int latent, int rope, int row_bytes) {
+  extern __shared__ float row[];
+  __shared__ float room[32];
+  int t = blockIdx.x, position = step.positions[t];
+  const float* x = kv + (size_t)t * (latent + rope);
+  float sum = 0;
+  for (int i = threadIdx.x; i < latent; i += blockDim.x) sum = fmaf(x[i], x[i], sum);
+  float scale = 1.0f / sqrtf(block_sum(sum, room) / (float)latent + eps);
+  for (int i = threadIdx.x; i < latent; i += blockDim.x) row[i] = weight[i] * (x[i] * scale);
+  for (int i = threadIdx.x; i < rope / 2; i += blockDim.x) {
+    float pair[2] = {x[latent + 2 * i], x[latent + 2 * i + 1]};
+    rotate(pair, (float)position, frequencies[i], magnitude);
+    row[latent + 2 * i] = pair[0];
+    row[latent + 2 * i + 1] = pair[1];
+  }
+  __syncthreads();
+  const uint8_t* at = cache_row(layer, step.blocks + step.tables[t], position, row_bytes);
+  cache_store(format, row, latent, rope, (uint8_t*)at);
+}
+
+template <int FORMAT>
+__device__ void absorb_head(const Matrix& m, const float* q, int first_row, int nope, float* out) {
+  for (int c = threadIdx.x; c < m.cols; c += blockDim.x) {
+    float sum = 0;
+#pragma unroll 1
+    for (int d = 0; d < nope; d++)
+      sum = fmaf(q[d], value<FORMAT>(m, m.data + (size_t)(first_row + d) * m.row_bytes, first_row + d, c), sum);
+    out[c] = sum;
+  }
+}
+
+// q~ = W_UK^T q_nope; block per (head, row).
+extern "C" __global__ void mla_absorb(const Matrix* kv_b, const float* q, float* absorbed, int first, int heads, int nope, int rope, int values) {
+  const Matrix m = *kv_b;
+  int head = blockIdx.x, t = blockIdx.y;
+  const float* query = q + ((size_t)(first + t) * heads + head) * (nope + rope);
+  float* out = absorbed + ((size_t)t * heads + head) * m.cols;
+#define ABSORB(FORMAT) absorb_head<FORMAT>(m, query, head * (nope + values), nope, out)
+  FOR_FORMAT(m.format, ABSORB)
+#undef ABSORB
+}
+
+// The softmax's mean of the latent rows, over the positions in order; block per (head, row), in place of q~.
+extern "C" __global__ void mla_mean(float* absorbed, const float* q, Step step, const uint8_t* layer, int format, int first, int heads, int nope,
+                                    int rope, int latent, int row_bytes, float softmax_scale) {
+  extern __shared__ float room[];
+  float *query = room, *mean = room + latent + rope, *scores = mean + latent;
+  int head = blockIdx.x, t = blockIdx.y, row = first + t;
+  float* own = absorbed + ((size_t)t * heads + head) * latent;
+  const float* turned = q + ((size_t)row * heads + head) * (nope + rope) + nope;
+  for (int i = threadIdx.x; i < latent; i += blockDim.x) {
+    query[i] = own[i];
+    mean[i] = 0;
+  }
+  for (int i = threadIdx.x; i < rope; i += blockDim.x) query[latent + i] = turned[i];
+  const int* table = step.blocks + step.tables[row];
+  int length = step.positions[row] + 1, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  float largest = -INFINITY, total = 0;
+  for (int start = 0; start < length; start += 64) {
+    int n = min(64, length - start);
+    const uint8_t* block = cache_row(layer, table, start, row_bytes);
+    __syncthreads();
+    for (int p = warp; p < n; p += blockDim.x >> 5) {
+      float sum = 0;
+      for (int i = lane; i < latent + rope; i += 32) sum = fmaf(query[i], cache_value(format, block + (size_t)p * row_bytes, latent, i), sum);
+      sum = warp_sum(sum);
+      if (lane == 0) scores[p] = sum * softmax_scale;
+    }
+    __syncthreads();
+    float most = largest;
+    for (int p = 0; p < n; p++) most = fmaxf(most, scores[p]);
+    float shrink = expf(largest - most);
+    __syncthreads();
+    for (int p = threadIdx.x; p < n; p += blockDim.x) scores[p] = expf(scores[p] - most);
+    __syncthreads();
+    total *= shrink;
+    for (int p = 0; p < n; p++) total += scores[p];
+    largest = most;
+    for (int i = threadIdx.x; i < latent; i += blockDim.x) {
+      float sum = mean[i] * shrink;
+      for (int p = 0; p < n; p++) sum = fmaf(scores[p], cache_value(format, block + (size_t)p * row_bytes, latent, i), sum);
+      mean[i] = sum;
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < latent; i += blockDim.x) own[i] = mean[i] / total;
+}
+
+// o = W_UV mean; warp per value, blockIdx = (values / warps, head, row).
+extern "C" __global__ void mla_values(const Matrix* kv_b, const float* mean, float* out, int first, int heads, int nope, int values) {
+  const Matrix m = *kv_b;
+  int v = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), head = blockIdx.y, t = blockIdx.z;
+  if (v >= values) return;
+  const float* x = mean + ((size_t)t * heads + head) * m.cols;
+  float sum;
+  dots_of<1>(m, head * (nope + values) + nope + v, &x, &sum);
+  if ((threadIdx.x & 31) == 0) out[((size_t)(first + t) * heads + head) * values + v] = sum;
+}
+
+// inner = silu(gate x) * up x; warp per inner value, blockIdx = (inner / warps, row).
+extern "C" __global__ void swiglu(const Matrix* gate, const Matrix* up, const float* x, float* inner) {
+  const Matrix g = *gate, u = *up;
+  int n = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), t = blockIdx.y;
+  if (n >= g.rows) return;
+  const float* row = x + (size_t)t * g.cols;
+  float a, b;
+  dots_of<1>(g, n, &row, &a);
+  dots_of<1>(u, n, &row, &b);
+  if ((threadIdx.x & 31) == 0) inner[(size_t)t * g.rows + n] = silu(a) * b;
+}
+
+// As swiglu with the expert of each (row, choice); blockIdx = (inner / warps, choice, row). Experts are triples.
+extern "C" __global__ void moe_inner(const Matrix* experts, const int* ids, const float* x, float* inner, int inner_max) {
+  int choice = blockIdx.z * gridDim.y + blockIdx.y;
+  const Matrix g = experts[3 * ids[choice]], u = experts[3 * ids[choice] + 1];
+  int n = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
+  if (n >= g.rows) return;
+  const float* row = x + (size_t)blockIdx.z * g.cols;
+  float a, b;
+  dots_of<1>(g, n, &row, &a);
+  dots_of<1>(u, n, &row, &b);
+  if ((threadIdx.x & 31) == 0) inner[(size_t)choice * inner_max + n] = silu(a) * b;
+}
+
+// out += sum over the choices by rising expert id, the shared expert last; warp per output, blockIdx = (D / warps, row).
+extern "C" __global__ void moe_sum(const Matrix* experts, const int* ids, const float* weights, const int* order, int top_k, const float* inner,
+                                   int inner_max, const Matrix* shared, const float* shared_inner, float* out, int width) {
+  int n = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), t = blockIdx.y;
+  if (n >= width) return;
+  float sum = 0;
+  for (int j = 0; j < top_k; j++) {
+    int choice = t * top_k + order[t * top_k + j];
+    const Matrix down = experts[3 * ids[choice] + 2];
+    const float* x = inner + (size_t)choice * inner_max;
+    float y;
+    dots_of<1>(down, n, &x, &y);
+    sum = fmaf(weights[choice], y, sum);
+  }
+  if (shared) {
+    const Matrix down = *shared;
+    const float* x = shared_inner + (size_t)t * down.cols;
+    float y;
+    dots_of<1>(down, n, &x, &y);
+    sum += y;
+  }
+  if ((threadIdx.x & 31) == 0) out[(size_t)t * width + n] += sum;
+}
+
+// The best of `n` scores that is not taken: higher first, then the smaller index; NaN counts as the lowest.
+__device__ int warp_best(const float* scores, const uint8_t* taken, int n) {
+  float best = -INFINITY;
+  int at = INT_MAX;
+  for (int i = threadIdx.x & 31; i < n; i += 32)
+    if (!taken[i] && (at == INT_MAX || scores[i] > best)) {
+      best = scores[i] == scores[i] ? scores[i] : -INFINITY;
+      at = i;
+    }
+  for (int o = 16; o; o >>= 1) {
+    float b = __shfl_xor_sync(~0u, best, o);
+    int a = __shfl_xor_sync(~0u, at, o);
+    if (at == INT_MAX || (a != INT_MAX && (b > best || (b == best && a < at)))) {
+      best = b;
+      at = a;
+    }
+  }
+  return at;
+}
+
+struct Router {
+  int experts, top_k, groups, groups_kept, top_two, sigmoid, normalize;
+  float scale;
+};
+
+// Scores, groups, choices; a warp per row. Shared memory: two floats and a byte per expert, a float and a byte per group.
+extern "C" __global__ void route(const float* logits, const float* bias, Router r, int* ids, float* weights, int* order) {
+  extern __shared__ float room[];
+  float *scores = room, *choice = room + r.experts, *ranks = choice + r.experts;
+  uint8_t *taken = (uint8_t*)(ranks + r.groups), *kept = taken + r.experts;
+  int lane = threadIdx.x, t = blockIdx.x;
+  const float* z = logits + (size_t)t * r.experts;
+  if (r.sigmoid) {
+    for (int e = lane; e < r.experts; e += 32) scores[e] = (float)(1.0 / (1.0 + exp(-(double)z[e])));
+  } else {
+    float most = -INFINITY;
+    for (int e = lane; e < r.experts; e += 32) most = fmaxf(most, z[e]);
+    for (int o = 16; o; o >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+    double sum = 0;
+    for (int e = lane; e < r.experts; e += 32) sum += exp((double)z[e] - (double)most);
+    for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
+    for (int e = lane; e < r.experts; e += 32) scores[e] = (float)(exp((double)z[e] - (double)most) / sum);
+  }
+  for (int e = lane; e < r.experts; e += 32) {
+    choice[e] = scores[e] + (bias ? bias[e] : 0.0f);
+    taken[e] = 0;
+  }
+  __syncwarp();
+  if (r.groups > 1) {
+    int size = r.experts / r.groups;
+    for (int g = lane; g < r.groups; g += 32) {
+      float first = -INFINITY, second = -INFINITY;
+      for (int i = 0; i < size; i++) {
+        float v = choice[g * size + i];
+        if (v > first) {
+          second = first;
+          first = v;
+        } else if (v > second) {
+          second = v;
+        }
+      }
+      ranks[g] = r.top_two ? (size > 1 ? first + second : first) : first;
+      kept[g] = 0;
+    }
+    __syncwarp();
+    for (int i = 0; i < r.groups_kept; i++) {
+      int g = warp_best(ranks, kept, r.groups);
+      if (lane == 0) kept[g] = 1;
+      __syncwarp();
+    }
+    for (int e = lane; e < r.experts; e += 32)
+      if (!kept[e / size]) taken[e] = 1;
+    __syncwarp();
+  }
+  float sum = 0;
+  int* chosen = ids + (size_t)t * r.top_k;
+  for (int j = 0; j < r.top_k; j++) {
+    int e = warp_best(choice, taken, r.experts);
+    if (lane == 0) {
+      chosen[j] = e;
+      taken[e] = 1;
+    }
+    sum += scores[e];
+    __syncwarp();
+  }
+  float norm = r.normalize && r.top_k > 1 ? sum + 1e-20f : 1.0f;
+  for (int j = lane; j < r.top_k; j += 32) {
+    weights[(size_t)t * r.top_k + j] = scores[chosen[j]] / norm * r.scale;
+    int place = 0;
+    for (int i = 0; i < r.top_k; i++) place += chosen[i] < chosen[j];
+    order[(size_t)t * r.top_k + place] = j;
+  }
+}
+
+// out[i] = x[rows[i]]; a block per row.
+extern "C" __global__ void gather_rows(const float* x, const int* rows, float* out, int cols) {
+  for (int i = threadIdx.x; i < cols; i += blockDim.x) out[(size_t)blockIdx.x * cols + i] = x[(size_t)rows[blockIdx.x] * cols + i];
+}
+
+// out[t] = a[t] || b[t]; a block per row.
+extern "C" __global__ void concat(const float* a, const float* b, float* out, int left, int right) {
+  size_t t = blockIdx.x;
+  for (int i = threadIdx.x; i < left + right; i += blockDim.x)
+    out[t * (left + right) + i] = i < left ? a[t * left + i] : b[t * right + i - left];
+}

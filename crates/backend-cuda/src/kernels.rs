@@ -1,0 +1,69 @@
+//! The kernels: names, the fatbin that holds them, and the sources that it was built from.
+//!
+//! `cargo xtask cuda` builds the fatbin with nvcc and notes the hash of the sources beside it; a plain build needs
+//! neither nvcc nor a GPU.
+
+/// Machine code for several GPUs, built from [`SOURCES`].
+pub(crate) const FATBIN: &[u8] = include_bytes!("../kernels/kernels.fatbin");
+
+macro_rules! kernels {
+    ($($variant:ident = $name:literal,)*) => {
+        /// A kernel of the fatbin.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub(crate) enum Kernel {
+            $(#[doc = $name] $variant,)*
+        }
+
+        impl Kernel {
+            /// Every kernel's name, in the order of the variants.
+            pub(crate) const NAMES: &[&'static str] = &[$($name,)*];
+        }
+    };
+}
+
+kernels! {
+    Embed = "embed",
+    RmsNorm = "rms_norm",
+    Matmul = "matmul",
+    RopeQueries = "rope_queries",
+    MlaAppend = "mla_append",
+    MlaAbsorb = "mla_absorb",
+    MlaMean = "mla_mean",
+    MlaValues = "mla_values",
+    Swiglu = "swiglu",
+    MoeInner = "moe_inner",
+    MoeSum = "moe_sum",
+    Route = "route",
+    GatherRows = "gather_rows",
+    Concat = "concat",
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOURCES: &[&[u8]] = &[
+        include_bytes!("../kernels/cache.cuh"),
+        include_bytes!("../kernels/formats.cuh"),
+        include_bytes!("../kernels/plain.cu"),
+    ];
+
+    /// FNV-1a, 64 bits, over the sources in the order of their names; `xtask/src/cuda.rs` writes it.
+    fn hash(sources: &[&[u8]]) -> u64 {
+        sources.iter().copied().flatten().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+        })
+    }
+
+    #[test]
+    fn the_fatbin_was_built_from_these_sources() {
+        let noted = include_str!("../kernels/kernels.hash").trim();
+        assert_eq!(noted, format!("{:016x}", hash(SOURCES)), "run `cargo xtask cuda`");
+    }
+
+    #[test]
+    fn the_fatbin_is_one() {
+        // The first word of a fatbin (fatbinary_section.h).
+        assert_eq!(FATBIN[..4], 0xba55_ed50_u32.to_le_bytes());
+    }
+}

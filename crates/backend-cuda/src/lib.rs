@@ -1,0 +1,639 @@
+//! The CUDA backend: the NVIDIA driver opened at run time, kernels in one embedded fatbin.
+//!
+//! * `driver.rs`: the few driver functions that are used, behind checked calls. `device.rs`: devices and their memory.
+//! * `kernels.rs`: the kernels' names and machine code; `kernels/*.cu` are their sources, `cargo xtask cuda` builds them.
+//! * `queue.rs`: ops note launches; a whole step goes to the device at once, as a CUDA graph once it came before.
+//! * `ops/`: what each op checks and launches.
+#![deny(unsafe_code)]
+
+mod device;
+mod driver;
+mod kernels;
+mod ops;
+mod queue;
+
+use std::{
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use oxseek_tensor::{
+    Backend, DType, Error, HostMatrix,
+    backend::{
+        BLOCK_TOKENS, Buffer, Cache, CacheShape, DeviceInfo, ExpertMatrices, Experts, KvB, MlaShape, Mlp,
+        Read, Rope, RouterShape, Routing, StepInput, Vector, Weight,
+    },
+    error::{at_most, expect, shape_error},
+};
+
+use device::{Device, Pool};
+use driver::{DevicePtr, Driver};
+use kernels::Kernel;
+use queue::{Queue, Shape, arguments};
+
+/// Most rows of a step: what the second dimension of a grid allows.
+const STEP_ROWS_MAX: usize = 65_535;
+/// Bytes of a `Matrix` of the kernels.
+const MATRIX_BYTES: usize = 32;
+
+/// What a CUDA backend is made with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// Which of the machine's devices, as the driver counts them (`CUDA_VISIBLE_DEVICES` is heeded).
+    pub ordinal: usize,
+}
+
+/// How many CUDA devices this machine has.
+///
+/// # Errors
+/// [`Error::Device`] with the reason: no driver, or one that is too old.
+pub fn device_count() -> Result<usize, Error> {
+    Driver::get()?.device_count()
+}
+
+/// Activations `[rows_max, cols]`.
+#[derive(Clone, Copy)]
+struct Activations {
+    rows_max: usize,
+    cols: usize,
+    at: DevicePtr,
+}
+
+/// A weight on the device.
+#[derive(Clone, Copy)]
+struct Matrix {
+    rows: usize,
+    cols: usize,
+    /// The `Matrix` of the kernels.
+    record: DevicePtr,
+}
+
+/// Sizes of a matrix before it has a record.
+type Record = [u8; MATRIX_BYTES];
+
+struct ExpertSet {
+    /// Three records (gate, up, down) per expert.
+    records: DevicePtr,
+    /// `[rows, cols]` of the three matrices of each expert.
+    sizes: Vec<[(usize, usize); 3]>,
+    inner_max: usize,
+}
+
+struct RoutingRows {
+    rows_max: usize,
+    top_k: usize,
+    /// Experts of the router that wrote it last.
+    experts: usize,
+    ids: DevicePtr,
+    weights: DevicePtr,
+    /// The choices of a row by rising expert id.
+    order: DevicePtr,
+}
+
+struct RopeTable {
+    pairs: usize,
+    frequencies: DevicePtr,
+    magnitude: f32,
+}
+
+struct LatentCache {
+    shape: CacheShape,
+    row_bytes: usize,
+    at: DevicePtr,
+}
+
+/// What `begin_step` brings to the device, in memory that grows when a step needs more.
+#[derive(Default)]
+struct StepArrays {
+    rows_max: usize,
+    blocks_max: usize,
+    tokens: DevicePtr,
+    positions: DevicePtr,
+    tables: DevicePtr,
+    blocks: DevicePtr,
+}
+
+/// Memory that an op uses for itself; it grows, and what it grew out of stays in the pool.
+#[derive(Default)]
+struct Room {
+    at: DevicePtr,
+    bytes: usize,
+}
+
+/// An NVIDIA GPU as a [`Backend`].
+pub struct CudaBackend {
+    device: Arc<Device>,
+    // Dropped in this order: the queue waits for the device, then the memory goes.
+    queue: Queue,
+    pool: Pool,
+    matrices: Vec<Matrix>,
+    kv_bs: Vec<Matrix>,
+    vectors: Vec<(DevicePtr, usize)>,
+    experts: Vec<ExpertSet>,
+    ropes: Vec<RopeTable>,
+    buffers: Vec<Activations>,
+    routings: Vec<RoutingRows>,
+    caches: Vec<LatentCache>,
+    step: StepInput,
+    arrays: StepArrays,
+    /// Row numbers of `gather_rows`, and whether a waiting launch uses them.
+    gathered: Room,
+    gathering: bool,
+    logits: Room,
+    absorbed: Room,
+    inner: Room,
+    shared_inner: Room,
+    read: Option<(Buffer, usize)>,
+}
+
+impl CudaBackend {
+    /// A backend on one device.
+    ///
+    /// # Errors
+    /// [`Error::Device`] in words: no driver, too old a driver, no such device, too old a device.
+    pub fn new(options: CudaOptions) -> Result<Self, Error> {
+        let device = Device::open(options.ordinal)?;
+        device.enter()?;
+        Ok(Self {
+            queue: Queue::new(Arc::clone(&device))?,
+            pool: Pool::new(Arc::clone(&device)),
+            device,
+            matrices: Vec::new(),
+            kv_bs: Vec::new(),
+            vectors: Vec::new(),
+            experts: Vec::new(),
+            ropes: Vec::new(),
+            buffers: Vec::new(),
+            routings: Vec::new(),
+            caches: Vec::new(),
+            step: StepInput::default(),
+            arrays: StepArrays::default(),
+            gathered: Room::default(),
+            gathering: false,
+            logits: Room::default(),
+            absorbed: Room::default(),
+            inner: Room::default(),
+            shared_inner: Room::default(),
+            read: None,
+        })
+    }
+
+    /// Free and total bytes of the device's memory.
+    ///
+    /// # Errors
+    /// [`Error::Device`]
+    pub fn memory(&self) -> Result<(usize, usize), Error> {
+        self.device.enter()?;
+        self.device.driver.memory()
+    }
+
+    /// Bytes that this backend took from the device.
+    pub fn taken_bytes(&self) -> usize {
+        self.pool.taken()
+    }
+
+    fn rows(&self) -> usize {
+        self.step.tokens.len()
+    }
+
+    fn matrix(&self, op: &'static str, w: Weight) -> Result<Matrix, Error> {
+        found(op, "weight handle", &self.matrices, w.0).copied()
+    }
+
+    fn vector(&self, op: &'static str, v: Vector, len: usize) -> Result<DevicePtr, Error> {
+        let &(at, found) = found(op, "vector handle", &self.vectors, v.0)?;
+        expect(op, "vector", len, found)?;
+        Ok(at)
+    }
+
+    fn buffer(&self, op: &'static str, b: Buffer) -> Result<Activations, Error> {
+        found(op, "buffer handle", &self.buffers, b.0).copied()
+    }
+
+    /// The buffer, if it has `rows` rows of `cols` columns.
+    fn sized(&self, op: &'static str, b: Buffer, rows: usize, cols: usize) -> Result<Activations, Error> {
+        let a = self.buffer(op, b)?;
+        expect(op, "columns", cols, a.cols)?;
+        at_most(op, "rows", a.rows_max, rows)?;
+        Ok(a)
+    }
+
+    /// Input and output of an op whose blocks read all of the one while they write the other.
+    fn apart(op: &'static str, x: Buffer, out: Buffer) -> Result<(), Error> {
+        if x == out {
+            Err(shape_error(op, "output buffer apart from", x.0 as usize, out.0 as usize))
+        } else {
+            Ok(())
+        }
+    }
+
+    fn rope(&self, op: &'static str, r: Rope, rope: usize) -> Result<&RopeTable, Error> {
+        let table = found(op, "rope handle", &self.ropes, r.0)?;
+        expect(op, "rope pairs", rope / 2, table.pairs)?;
+        Ok(table)
+    }
+
+    fn cache(
+        &self,
+        op: &'static str,
+        c: Cache,
+        layer: usize,
+        shape: &MlaShape,
+    ) -> Result<&LatentCache, Error> {
+        let cache = found(op, "cache handle", &self.caches, c.0)?;
+        at_most(op, "layer", cache.shape.layers.saturating_sub(1), layer)?;
+        expect(op, "cache latent", shape.latent, cache.shape.latent)?;
+        expect(op, "cache rope", shape.rope, cache.shape.rope)?;
+        match self.step.blocks.iter().find(|b| **b as usize >= cache.shape.blocks) {
+            Some(b) => Err(shape_error(op, "block id below", cache.shape.blocks, *b as usize)),
+            None => Ok(cache),
+        }
+    }
+
+    /// `Step` of the kernels.
+    fn step_argument(&self) -> [u64; 4] {
+        let a = &self.arrays;
+        [a.tokens, a.positions, a.tables, a.blocks]
+    }
+
+    /// Takes memory and fills it.
+    fn place(&mut self, what: &'static str, bytes: &[u8]) -> Result<DevicePtr, Error> {
+        let at = self.pool.take(what, bytes.len())?;
+        self.queue.upload(at, bytes)?;
+        Ok(at)
+    }
+
+    /// Takes zeroed memory.
+    fn zeroed(&mut self, what: &'static str, sizes: &[usize]) -> Result<DevicePtr, Error> {
+        let bytes = sizes.iter().try_fold(1usize, |n, s| n.checked_mul(*s));
+        let bytes = bytes.filter(|b| isize::try_from(*b).is_ok()).ok_or(Error::Overflow { what })?;
+        if bytes == 0 {
+            return Err(shape_error("alloc", "elements", 1, 0));
+        }
+        let at = self.pool.take(what, bytes)?;
+        self.queue.zero(at, bytes)?;
+        Ok(at)
+    }
+
+    /// Brings a weight to the device and gives what the kernels know of it.
+    fn bring(&mut self, m: &HostMatrix) -> Result<Record, Error> {
+        if m.rows() == 0 || m.cols() == 0 {
+            return Err(shape_error("load_matrix", "elements", 1, 0));
+        }
+        for size in [m.rows(), m.cols(), m.row_bytes()] {
+            at_most("load_matrix", "rows, columns or bytes of a row", i32::MAX as usize, size)?;
+        }
+        let data = self.place("weights", m.data())?;
+        let scales = match (m.scales(), m.group_scales()) {
+            (Some(s), _) => self.place("block scales", &bytes_of(s))?,
+            (None, Some(s)) => self.place("group scales", s)?,
+            (None, None) => 0,
+        };
+        m.release();
+        let format = DType::ALL.iter().position(|d| *d == m.dtype()).unwrap_or_default();
+        let mut record = [0; MATRIX_BYTES];
+        record[..8].copy_from_slice(&data.to_le_bytes());
+        record[8..16].copy_from_slice(&scales.to_le_bytes());
+        for (field, v) in record[16..].chunks_exact_mut(4).zip([format, m.rows(), m.cols(), m.row_bytes()]) {
+            field.copy_from_slice(&(v as u32).to_le_bytes());
+        }
+        Ok(record)
+    }
+
+    fn admit(&mut self, m: &HostMatrix) -> Result<Matrix, Error> {
+        self.device.enter()?;
+        let record = self.bring(m)?;
+        Ok(Matrix { rows: m.rows(), cols: m.cols(), record: self.place("weights", &record)? })
+    }
+
+    /// Makes `room` at least `bytes` large.
+    fn grow(
+        pool: &mut Pool,
+        room: &mut Room,
+        what: &'static str,
+        sizes: &[usize],
+    ) -> Result<DevicePtr, Error> {
+        let bytes =
+            sizes.iter().try_fold(1usize, |n, s| n.checked_mul(*s)).ok_or(Error::Overflow { what })?;
+        if bytes > room.bytes {
+            let bytes = bytes.checked_next_power_of_two().ok_or(Error::Overflow { what })?;
+            *room = Room { at: pool.take(what, bytes)?, bytes };
+        }
+        Ok(room.at)
+    }
+
+    /// Makes room for the arrays of a step.
+    fn grow_arrays(&mut self, rows: usize, blocks: usize) -> Result<(), Error> {
+        let what = "step";
+        if rows > self.arrays.rows_max {
+            let rows_max = rows.next_power_of_two().max(64);
+            self.arrays.rows_max = rows_max;
+            for array in [&mut self.arrays.tokens, &mut self.arrays.positions, &mut self.arrays.tables] {
+                *array = self.pool.take(what, rows_max * 4)?;
+            }
+        }
+        if blocks > self.arrays.blocks_max {
+            let blocks_max = blocks.next_power_of_two().max(256);
+            self.arrays.blocks = self.pool.take(what, blocks_max * 4)?;
+            self.arrays.blocks_max = blocks_max;
+        }
+        Ok(())
+    }
+}
+
+/// What a handle names.
+fn found<'a, T>(op: &'static str, what: &'static str, list: &'a [T], handle: u32) -> Result<&'a T, Error> {
+    list.get(handle as usize).ok_or(shape_error(op, what, list.len(), handle as usize))
+}
+
+fn push<T>(list: &mut Vec<T>, item: T) -> u32 {
+    list.push(item);
+    (list.len() - 1) as u32
+}
+
+fn bytes_of(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+fn bytes_of_words(words: impl Iterator<Item = u32>) -> Vec<u8> {
+    words.flat_map(u32::to_le_bytes).collect()
+}
+
+impl Backend for CudaBackend {
+    fn info(&self) -> DeviceInfo {
+        let facts = &self.device.facts;
+        let (major, minor) = facts.capability;
+        DeviceInfo {
+            backend: "cuda",
+            device: format!(
+                "{}, compute capability {major}.{minor}, {} multiprocessors, exact products",
+                facts.name, facts.multiprocessors
+            ),
+        }
+    }
+
+    fn load_matrix(&mut self, matrix: HostMatrix) -> Result<Weight, Error> {
+        let matrix = self.admit(&matrix)?;
+        Ok(Weight(push(&mut self.matrices, matrix)))
+    }
+
+    fn load_vector(&mut self, values: &[f32]) -> Result<Vector, Error> {
+        self.device.enter()?;
+        let at = self.place("vector", &bytes_of(values))?;
+        Ok(Vector(push(&mut self.vectors, (at, values.len()))))
+    }
+
+    fn load_experts(&mut self, experts: Vec<ExpertMatrices>) -> Result<Experts, Error> {
+        self.device.enter()?;
+        let (mut records, mut sizes) = (Vec::new(), Vec::new());
+        for e in &experts {
+            let three = [&e.gate, &e.up, &e.down];
+            for m in three {
+                records.extend(self.bring(m)?);
+            }
+            sizes.push(three.map(|m| (m.rows(), m.cols())));
+        }
+        let inner_max = sizes.iter().map(|s| s[0].0).max().unwrap_or(0);
+        let records = self.place("experts", &records)?;
+        Ok(Experts(push(&mut self.experts, ExpertSet { records, sizes, inner_max })))
+    }
+
+    fn load_kv_b(&mut self, shape: &MlaShape, matrix: HostMatrix) -> Result<KvB, Error> {
+        let op = "load_kv_b";
+        expect(op, "rows", shape.heads * (shape.nope + shape.value), matrix.rows())?;
+        expect(op, "columns", shape.latent, matrix.cols())?;
+        let matrix = self.admit(&matrix)?;
+        Ok(KvB(push(&mut self.kv_bs, matrix)))
+    }
+
+    fn load_rope(&mut self, inv_freq: &[f32], magnitude: f32) -> Result<Rope, Error> {
+        self.device.enter()?;
+        let frequencies = self.place("rotary frequencies", &bytes_of(inv_freq))?;
+        let table = RopeTable { pairs: inv_freq.len(), frequencies, magnitude };
+        Ok(Rope(push(&mut self.ropes, table)))
+    }
+
+    fn alloc(&mut self, rows_max: usize, cols: usize) -> Result<Buffer, Error> {
+        self.device.enter()?;
+        let at = self.zeroed("activation buffer", &[rows_max, cols, 4])?;
+        Ok(Buffer(push(&mut self.buffers, Activations { rows_max, cols, at })))
+    }
+
+    fn alloc_routing(&mut self, rows_max: usize, top_k: usize) -> Result<Routing, Error> {
+        self.device.enter()?;
+        let mut array = || self.zeroed("routing", &[rows_max, top_k, 4]);
+        let (ids, weights, order) = (array()?, array()?, array()?);
+        let routing = RoutingRows { rows_max, top_k, experts: 1, ids, weights, order };
+        Ok(Routing(push(&mut self.routings, routing)))
+    }
+
+    fn alloc_cache(&mut self, shape: CacheShape) -> Result<Cache, Error> {
+        self.device.enter()?;
+        let (row_bytes, bytes) = (shape.row_bytes()?, shape.bytes()?);
+        let at = self.zeroed("latent cache", &[bytes])?;
+        Ok(Cache(push(&mut self.caches, LatentCache { shape, row_bytes, at })))
+    }
+
+    fn begin_step(&mut self, input: &StepInput) -> Result<(), Error> {
+        let op = "begin_step";
+        input.check()?;
+        at_most(op, "rows", STEP_ROWS_MAX, input.tokens.len())?;
+        let last = input.segments.iter().map(|s| s.start + s.rows).max().unwrap_or(0);
+        at_most(op, "position", i32::MAX as usize, last)?;
+        at_most(op, "blocks", i32::MAX as usize, input.blocks.len())?;
+        self.device.enter()?;
+        self.queue.flush()?;
+        self.gathering = false;
+        self.grow_arrays(input.tokens.len(), input.blocks.len())?;
+        let rows = || input.segments.iter().flat_map(|s| (0..s.rows).map(move |r| (s, r)));
+        let positions = bytes_of_words(rows().map(|(s, r)| (s.start + r) as u32));
+        let tables = bytes_of_words(rows().map(|(s, _)| s.first_block as u32));
+        self.queue.upload(self.arrays.tokens, &bytes_of_words(input.tokens.iter().copied()))?;
+        self.queue.upload(self.arrays.positions, &positions)?;
+        self.queue.upload(self.arrays.tables, &tables)?;
+        self.queue.upload(self.arrays.blocks, &bytes_of_words(input.blocks.iter().copied()))?;
+        self.step.clone_from(input);
+        Ok(())
+    }
+
+    fn embed(&mut self, table: Weight, out: Buffer) -> Result<(), Error> {
+        self.embed_tokens(table, out)
+    }
+
+    fn rms_norm(
+        &mut self,
+        x: Buffer,
+        weight: Vector,
+        eps: f32,
+        out: Buffer,
+        rows: usize,
+    ) -> Result<(), Error> {
+        self.norm_rows(x, weight, eps, out, rows)
+    }
+
+    fn matmul(&mut self, x: Buffer, weight: Weight, out: Buffer, rows: usize) -> Result<(), Error> {
+        self.matmul_rows("matmul", x, weight, out, rows, false)
+    }
+
+    fn matmul_add(&mut self, x: Buffer, weight: Weight, out: Buffer, rows: usize) -> Result<(), Error> {
+        self.matmul_rows("matmul_add", x, weight, out, rows, true)
+    }
+
+    fn rope_queries(&mut self, shape: &MlaShape, rope: Rope, q: Buffer) -> Result<(), Error> {
+        self.rotate_queries(shape, rope, q)
+    }
+
+    fn mla_append(
+        &mut self,
+        shape: &MlaShape,
+        rope: Rope,
+        weight: Vector,
+        eps: f32,
+        kv: Buffer,
+        cache: Cache,
+        layer: usize,
+    ) -> Result<(), Error> {
+        self.append_latent(shape, rope, weight, eps, kv, cache, layer)
+    }
+
+    fn mla_attend(
+        &mut self,
+        shape: &MlaShape,
+        q: Buffer,
+        kv_b: KvB,
+        cache: Cache,
+        layer: usize,
+        out: Buffer,
+    ) -> Result<(), Error> {
+        self.attend(shape, q, kv_b, cache, layer, out)
+    }
+
+    fn mlp(&mut self, x: Buffer, mlp: &Mlp, out: Buffer) -> Result<(), Error> {
+        self.mlp_rows(x, mlp, out)
+    }
+
+    fn route(
+        &mut self,
+        shape: &RouterShape,
+        x: Buffer,
+        gate: Weight,
+        bias: Option<Vector>,
+        out: Routing,
+    ) -> Result<(), Error> {
+        self.route_rows(shape, x, gate, bias, out)
+    }
+
+    fn moe(
+        &mut self,
+        x: Buffer,
+        routing: Routing,
+        experts: Experts,
+        shared: Option<&Mlp>,
+        out: Buffer,
+    ) -> Result<(), Error> {
+        self.moe_rows(x, routing, experts, shared, out)
+    }
+
+    fn gather_rows(&mut self, x: Buffer, rows: &[u32], out: Buffer) -> Result<(), Error> {
+        let op = "gather_rows";
+        Self::apart(op, x, out)?;
+        let x = self.buffer(op, x)?;
+        let out = self.sized(op, out, rows.len(), x.cols)?;
+        for &r in rows {
+            at_most(op, "row", x.rows_max - 1, r as usize)?;
+        }
+        self.device.enter()?;
+        if self.gathering {
+            self.queue.flush()?;
+        }
+        self.gathering = true;
+        let list =
+            Self::grow(&mut self.pool, &mut self.gathered, "rows to gather", &[rows.len().max(64), 4])?;
+        self.queue.upload(list, &bytes_of_words(rows.iter().copied()))?;
+        let shape = Shape::new([rows.len(), 1, 1], 256);
+        self.queue.push(Kernel::GatherRows, shape, arguments![x.at, list, out.at, x.cols]);
+        Ok(())
+    }
+
+    fn concat(&mut self, a: Buffer, b: Buffer, out: Buffer) -> Result<(), Error> {
+        let op = "concat";
+        Self::apart(op, a, out)?;
+        Self::apart(op, b, out)?;
+        let (a, b) = (self.buffer(op, a)?, self.buffer(op, b)?);
+        at_most(op, "rows", a.rows_max.min(b.rows_max), self.rows())?;
+        let out = self.sized(op, out, self.rows(), a.cols + b.cols)?;
+        let shape = Shape::new([self.rows(), 1, 1], 256);
+        self.queue.push(Kernel::Concat, shape, arguments![a.at, b.at, out.at, a.cols, b.cols]);
+        Ok(())
+    }
+
+    fn copy_block(&mut self, cache: Cache, from: u32, to: u32) -> Result<(), Error> {
+        let op = "copy_block";
+        let cache = found(op, "cache handle", &self.caches, cache.0)?;
+        at_most(op, "block id", cache.shape.blocks - 1, from.max(to) as usize)?;
+        self.device.enter()?;
+        let bytes = BLOCK_TOKENS * cache.row_bytes;
+        for layer in 0..cache.shape.layers {
+            let at = |block: u32| cache.at + ((layer * cache.shape.blocks + block as usize) * bytes) as u64;
+            self.queue.copy(at(to), at(from), bytes)?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, values: &[f32], out: Buffer) -> Result<(), Error> {
+        let op = "write";
+        let cols = self.buffer(op, out)?.cols;
+        expect(op, "values", values.len() / cols * cols, values.len())?;
+        let out = self.sized(op, out, values.len() / cols, cols)?;
+        self.device.enter()?;
+        self.queue.flush()?;
+        self.queue.upload(out.at, &bytes_of(values))
+    }
+
+    fn read(&mut self, x: Buffer, rows: usize) -> Result<Read, Error> {
+        let cols = self.buffer("read", x)?.cols;
+        let from = self.sized("read", x, rows, cols)?;
+        self.device.enter()?;
+        self.read = None;
+        self.queue.download(from.at, rows * cols * 4)?;
+        self.read = Some((x, rows));
+        Ok(Read(0))
+    }
+
+    fn poll_read(&mut self, read: Read, _: &mut Context<'_>, out: &mut [f32]) -> Poll<Result<(), Error>> {
+        Poll::Ready(self.fetch(read, out))
+    }
+
+    fn read_routing(&mut self, routing: Routing, rows: usize) -> Result<(Vec<u32>, Vec<f32>), Error> {
+        let op = "read_routing";
+        let r = found(op, "routing handle", &self.routings, routing.0)?;
+        at_most(op, "rows", r.rows_max, rows)?;
+        let (n, ids, weights) = (rows * r.top_k, r.ids, r.weights);
+        self.device.enter()?;
+        self.read = None;
+        self.queue.download(ids, n * 4)?;
+        self.queue.wait()?;
+        let ids = self.queue.downloaded().map(|p| p.words(n).to_vec()).unwrap_or_default();
+        self.queue.download(weights, n * 4)?;
+        self.queue.wait()?;
+        let weights = self.queue.downloaded().map(|p| p.values(n).to_vec()).unwrap_or_default();
+        Ok((ids, weights))
+    }
+}
+
+impl CudaBackend {
+    fn fetch(&mut self, read: Read, out: &mut [f32]) -> Result<(), Error> {
+        let op = "poll_read";
+        let Some((x, rows)) = self.read.filter(|_| read == Read(0)) else {
+            return Err(shape_error(op, "read handle", 0, read.0 as usize));
+        };
+        let n = rows * self.buffer(op, x)?.cols;
+        expect(op, "out", n, out.len())?;
+        self.device.enter()?;
+        self.queue.wait()?;
+        if let Some(pinned) = self.queue.downloaded() {
+            out.copy_from_slice(pinned.values(n));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,7 @@
+//! What each op checks and launches.
+
+mod matmul;
+mod mla;
+mod moe;
+mod norm;
+mod rope;

@@ -1,0 +1,129 @@
+//! `mla_append`, `mla_attend`.
+//!
+//! Both forms of attention are one function up to rounding, so every row takes the absorbed one: a row's bits do not
+//! depend on how its prompt was cut.
+
+use oxseek_tensor::{
+    CacheFormat, Error,
+    backend::{BLOCK_TOKENS, Buffer, Cache, KvB, MlaShape, Rope, Vector},
+    error::{at_most, expect},
+};
+
+use super::matmul::{THREADS, WARPS};
+use crate::{
+    CudaBackend, LatentCache, found,
+    kernels::Kernel,
+    queue::{Shape, arguments},
+};
+
+/// Threads of a block that attends for one head of one row.
+const HEAD_THREADS: u32 = 128;
+/// Absorbed queries that are kept at a time; more rows take turns.
+const ABSORBED_BYTES_MAX: usize = 256 << 20;
+/// What every GPU that is supported gives a block.
+const SHARED_BYTES_MAX: usize = 96 << 10;
+
+/// The cache's format as the kernels count them.
+fn format_code(format: CacheFormat) -> usize {
+    CacheFormat::ALL.iter().position(|f| *f == format).unwrap_or_default()
+}
+
+impl LatentCache {
+    fn layer(&self, layer: usize) -> u64 {
+        self.at + (layer * self.shape.blocks * BLOCK_TOKENS * self.row_bytes) as u64
+    }
+}
+
+impl CudaBackend {
+    pub(crate) fn append_latent(
+        &mut self,
+        shape: &MlaShape,
+        rope: Rope,
+        weight: Vector,
+        eps: f32,
+        kv: Buffer,
+        cache: Cache,
+        layer: usize,
+    ) -> Result<(), Error> {
+        let op = "mla_append";
+        let (latent, turned) = (shape.latent, shape.rope);
+        let weight = self.vector(op, weight, latent)?;
+        let kv = self.sized(op, kv, self.rows(), latent + turned)?;
+        let (cache, table) = (self.cache(op, cache, layer, shape)?, self.rope(op, rope, turned)?);
+        let (rows, format) = (cache.layer(layer), format_code(cache.shape.format));
+        let (frequencies, magnitude, row_bytes) = (table.frequencies, table.magnitude, cache.row_bytes);
+        let shared = 4 * (latent + turned);
+        at_most(op, "bytes of a row in F32", SHARED_BYTES_MAX, shared)?;
+        let step = self.step_argument();
+        let grid = Shape::new([self.rows(), 1, 1], THREADS).shared(shared);
+        let arguments = arguments![
+            kv.at,
+            weight,
+            eps,
+            step,
+            frequencies,
+            magnitude,
+            rows,
+            format,
+            latent,
+            turned,
+            row_bytes
+        ];
+        self.queue.push(Kernel::MlaAppend, grid, arguments);
+        Ok(())
+    }
+
+    pub(crate) fn attend(
+        &mut self,
+        shape: &MlaShape,
+        q: Buffer,
+        kv_b: KvB,
+        cache: Cache,
+        layer: usize,
+        out: Buffer,
+    ) -> Result<(), Error> {
+        let op = "mla_attend";
+        let MlaShape { heads, nope, rope, value, latent, softmax_scale } = *shape;
+        let kv_b = *found(op, "kv_b handle", &self.kv_bs, kv_b.0)?;
+        expect(op, "kv_b rows", heads * (nope + value), kv_b.rows)?;
+        expect(op, "kv_b columns", latent, kv_b.cols)?;
+        let (rows, width) = (self.rows(), nope + rope);
+        Self::apart(op, q, out)?;
+        let q = self.sized(op, q, rows, heads * width)?;
+        let out = self.sized(op, out, rows, heads * value)?;
+        let cache = self.cache(op, cache, layer, shape)?;
+        let (at, format, row_bytes) = (cache.layer(layer), format_code(cache.shape.format), cache.row_bytes);
+        let shared = 4 * (2 * latent + rope + BLOCK_TOKENS);
+        at_most(op, "bytes of a query in F32", SHARED_BYTES_MAX, shared)?;
+        let per_row = heads * latent * 4;
+        let together = (ABSORBED_BYTES_MAX / per_row).clamp(1, rows.max(1));
+        let absorbed =
+            Self::grow(&mut self.pool, &mut self.absorbed, "absorbed queries", &[together, per_row])?;
+        let step = self.step_argument();
+        for first in (0..rows).step_by(together) {
+            let n = together.min(rows - first);
+            let heads_of_rows = Shape::new([heads, n, 1], HEAD_THREADS);
+            let absorb = arguments![kv_b.record, q.at, absorbed, first, heads, nope, rope, value];
+            self.queue.push(Kernel::MlaAbsorb, heads_of_rows, absorb);
+            let mean = arguments![
+                absorbed,
+                q.at,
+                step,
+                at,
+                format,
+                first,
+                heads,
+                nope,
+                rope,
+                latent,
+                row_bytes,
+                softmax_scale
+            ];
+            self.queue.push(Kernel::MlaMean, heads_of_rows.shared(shared), mean);
+            let values = Shape::new([value.div_ceil(WARPS), heads, n], THREADS);
+            let arguments = arguments![kv_b.record, absorbed, out.at, first, heads, nope, value];
+            self.queue.push(Kernel::MlaValues, values, arguments);
+        }
+        Ok(())
+    }
+}
