@@ -25,15 +25,22 @@ use tokio::{
 };
 
 use crate::{
+    docs::docs,
     door::door,
+    doors::Doors,
     error::ApiError,
     health,
     limits::{FLUSH_SECONDS_MAX, HEADER_BYTES_MAX, HEADERS_MAX},
+    messages,
     metrics::metrics,
     openai::{capabilities::capabilities, chat::chat_completions, completions::completions, models},
+    openapi::openapi,
     page::{page, part},
     patience::Patient,
+    responses,
+    socket::{self, generation},
     state::AppState,
+    tokens,
 };
 
 /// How often a server that stops looks whether it is idle.
@@ -49,7 +56,7 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send,
 ) -> io::Result<()> {
     state.set_local(listener.local_addr()?.ip().is_loopback());
-    let router = router(state.clone());
+    let (router, doors) = router(state.clone());
     let places = Arc::new(Semaphore::new(state.options().connections_max));
     let closing = watch::Sender::new(false);
     let mut shutdown = pin!(shutdown);
@@ -70,6 +77,8 @@ pub async fn serve(
             }
             () = &mut shutdown, if deadline.is_none() => {
                 state.begin_drain();
+                let sockets = doors.sockets.clone();
+                tokio::spawn(async move { sockets.close().await });
                 deadline = Some(Instant::now() + state.options().drain_max);
             }
             // Health checks and refusals are answered while running answers end.
@@ -82,8 +91,10 @@ pub async fn serve(
     }
     drop(listener);
     closing.send_replace(true);
-    // Every connection holds a place until it ends.
-    let _ = timeout(FLUSH_SECONDS_MAX, places.acquire_many(state.options().connections_max as u32)).await;
+    // Every connection and every socket holds a place until it ends.
+    let connections = places.acquire_many(state.options().connections_max as u32);
+    let ended = async { tokio::join!(connections, doors.sockets.close()) };
+    let _ = timeout(FLUSH_SECONDS_MAX, ended).await;
     Ok(())
 }
 
@@ -133,8 +144,9 @@ where
     let _ = connection.await;
 }
 
-fn router(state: AppState) -> Router {
-    Router::new()
+/// The routes behind the door, and what the doors that lead to them share.
+fn router(state: AppState) -> (Router, Doors) {
+    let http = Router::new()
         .route("/", get(page))
         .route("/web/{name}", get(part))
         .route("/health", get(health::ready))
@@ -146,8 +158,24 @@ fn router(state: AppState) -> Router {
         .route("/v1/models/{id}", get(models::retrieve))
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(completions))
+        .route("/openapi.json", get(openapi))
+        .route("/docs", get(docs))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
         .fallback(|| async { ApiError::no_such_route() })
         .method_not_allowed_fallback(|| async { ApiError::wrong_method() })
-        .layer(middleware::from_fn_with_state(state.clone(), door))
-        .with_state(state)
+        .with_state(state.clone());
+    let doors = Doors::new(state.clone(), http.clone());
+    let others = Router::new()
+        .route("/ws", get(generation::open))
+        .route("/v1/responses", post(responses::create).get(socket::responses::open))
+        .route("/v1/responses/{id}", get(responses::retrieve).delete(responses::delete))
+        .route("/v1/responses/{id}/cancel", post(responses::cancel))
+        .route("/v1/responses/{id}/input_items", get(responses::input_items))
+        .route("/v1/responses/input_tokens", post(responses::input_tokens))
+        .route("/v1/messages", post(messages::create))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
+        .with_state(doors.clone());
+    let door = middleware::from_fn_with_state(state, door);
+    (http.merge(others).layer(door), doors)
 }

@@ -74,13 +74,43 @@ impl ApiError {
     }
 
     pub(crate) fn no_such_route() -> Self {
-        let message =
-            "no such path; there are /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics";
+        let message = "no such path; GET /openapi.json lists all";
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
     }
 
     pub(crate) fn wrong_method() -> Self {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", "this path has no such method")
+    }
+
+    pub(crate) fn response_not_found(id: &str) -> Self {
+        let short: String = id.chars().take(100).collect();
+        let message = format!("response {short:?} is not stored here, or not any more");
+        let e = Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message);
+        Self { code: Some("response_not_found"), param: Some("response_id".into()), ..e }
+    }
+
+    pub(crate) fn previous_response_not_found(id: &str) -> Self {
+        let short: String = id.chars().take(100).collect();
+        let e =
+            Self::invalid("previous_response_id", format!("{short:?} is not stored here, or not any more"));
+        Self { code: Some("previous_response_not_found"), ..e }
+    }
+
+    /// A path that speaks WebSocket only.
+    pub(crate) fn upgrade_required() -> Self {
+        let message = "this path is a WebSocket: connect with ws:// or wss://";
+        Self::new(StatusCode::UPGRADE_REQUIRED, "invalid_request_error", message)
+    }
+
+    /// A page of another site.
+    pub(crate) fn foreign_origin() -> Self {
+        let message = "the header origin names another site than this server";
+        Self::new(StatusCode::FORBIDDEN, "permission_error", message)
+    }
+
+    pub(crate) fn too_many_sockets() -> Self {
+        let e = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "too many WebSockets are open");
+        Self { code: Some("too_many_connections"), retry_after: Some(1), ..e }
     }
 
     pub(crate) fn loading() -> Self {

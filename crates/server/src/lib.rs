@@ -9,21 +9,30 @@
 mod app;
 mod caller;
 mod dialect;
+mod docs;
 mod door;
+mod doors;
 mod error;
+mod event_stream;
 mod health;
 mod histogram;
 mod keys;
 pub mod limits;
 mod logs;
+mod messages;
 mod metrics;
 mod openai;
+mod openapi;
 mod origin;
 mod page;
 mod patience;
 mod quota;
+mod relay;
+mod responses;
+mod socket;
 mod state;
 mod tls;
+mod tokens;
 
 pub use app::serve;
 pub use dialect::Dialect;
@@ -31,5 +40,7 @@ pub use keys::{KeyHash, KeyRecord, Keyring, Role, check_name, new_key};
 pub use logs::{LogFormat, Logger};
 pub use origin::Origins;
 pub use quota::KeyLimits;
+#[cfg(feature = "echo")]
+pub use socket::echo::serve_echo;
 pub use state::{AppState, Model, ServerOptions};
 pub use tls::Tls;

@@ -36,3 +36,25 @@ pub const REQUEST_ID_BYTES_MAX: usize = 128;
 pub const KEY_BYTES_MAX: usize = 512;
 /// Lines of the log that may wait to be written; more are counted and dropped.
 pub const LOG_LINES_MAX: usize = 4096;
+/// Most open WebSockets; they do not count as connections.
+pub const SOCKETS_MAX: usize = 256;
+/// Answers that run at the same time on one WebSocket.
+pub const SOCKET_REQUESTS_MAX: usize = 16;
+/// Longest name of an answer on a WebSocket.
+pub const SOCKET_ID_BYTES_MAX: usize = 64;
+/// Most chunks that a client may allow ahead on a WebSocket.
+pub const SOCKET_CREDIT_MAX: usize = 1_000_000;
+/// Messages that wait to be written to a WebSocket.
+pub const SOCKET_QUEUE_MAX: usize = 16;
+/// How often a WebSocket's client is asked whether it lives.
+pub const SOCKET_PING_SECONDS: Duration = Duration::from_secs(20);
+/// Longest silence of a WebSocket's client, answers to pings included.
+pub const SOCKET_IDLE_SECONDS_MAX: Duration = Duration::from_secs(60);
+/// Longest that one message may wait for a WebSocket's client to read.
+pub const SOCKET_STALL_SECONDS_MAX: Duration = Duration::from_secs(30);
+/// Most that is read of an error's body.
+pub const ERROR_BODY_BYTES_MAX: usize = 64 << 10;
+/// Most responses of `/v1/responses` that are kept.
+pub const RESPONSES_MAX: usize = 1024;
+/// Most memory that kept responses take, roughly.
+pub const RESPONSES_BYTES_MAX: usize = 64 << 20;

@@ -52,6 +52,11 @@ struct Prepared {
     streaming: Streaming,
 }
 
+/// Reads a body without asking the engine.
+pub(crate) fn check(model: &Model, body: &[u8]) -> Result<(), ApiError> {
+    prepare(model, body).map(drop)
+}
+
 /// From a body to a request that the engine takes.
 fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
     let mut fields = Fields::from_body(body)?;
@@ -89,7 +94,8 @@ pub(crate) struct Conversation {
 }
 
 impl Conversation {
-    fn take(fields: &mut Fields, model: &Model) -> Result<Self, ApiError> {
+    /// Takes what a prompt is made of.
+    pub(crate) fn take(fields: &mut Fields, model: &Model) -> Result<Self, ApiError> {
         let mut messages = messages(fields, model.dialect.arguments)?;
         if fields.boolean("continue_final_message")?.unwrap_or(false) {
             if messages.list.last().is_none_or(|m| m["role"] != "assistant") {

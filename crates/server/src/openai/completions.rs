@@ -54,6 +54,11 @@ struct Prepared {
     streaming: Streaming,
 }
 
+/// Reads a body without asking the engine.
+pub(crate) fn check(model: &Model, body: &[u8]) -> Result<(), ApiError> {
+    prepare(model, body).map(drop)
+}
+
 /// From a body to requests that the engine takes, one per prompt.
 fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
     let mut fields = Fields::from_body(body)?;
