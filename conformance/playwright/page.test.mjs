@@ -453,6 +453,11 @@ if (process.env.SCREENSHOTS) {
         await button(page, 'Think').click();
         await ask(page, 'Why do birds sing?');
         await page.getByText('Thought for').click();
+        if (name === 'phone') {
+          await button(page, 'Think').click();
+          await declareWeather(page);
+          await ask(page, 'What is the weather in Paris?');
+        }
         await page.screenshot({ path: `${process.env.SCREENSHOTS}/${name}.png`, animations: 'disabled', caret: 'initial' });
       }, { colorScheme });
     }
