@@ -118,7 +118,7 @@ impl CallRules {
                 let end = r#""parameter>\n""#;
                 let body = if is_plain_string(value) {
                     // The bar is a token of its own, so the text before it cannot hold it.
-                    format!(r#"{} RAW "</" {bar} {end}"#, quoted(&format!("{head}true\">")))
+                    format!("{} RAW {bar} {end}", quoted(&format!("{head}true\">")))
                 } else {
                     let mut value = value.clone();
                     for shared in ["$defs", "definitions"] {
@@ -138,11 +138,12 @@ impl CallRules {
             let head = quoted(&format!("invoke name=\"{name}\">\n"));
             let _ = writeln!(lark, r#"tool_{i}: {head}{elements} "</" {bar} "invoke>\n""#);
         }
-        let _ = writeln!(lark, r"RAW: /([^<]|<[^\/])*/");
+        // With the beginning of the closing tag: a lexeme cannot give a byte back.
+        let _ = writeln!(lark, r"RAW: /([^<]|<+[^\/<])*<+\//");
         let _ = writeln!(lark, "call: \"<\" {bar} ({})", self.any());
         let _ =
             writeln!(lark, r#"rest: "function_calls>\n" call{} "</" {bar} "function_calls>""#, self.more(""));
-        let _ = writeln!(lark, r#"calls: /(\n\n)?</ {bar} rest"#);
+        let _ = writeln!(lark, r"calls: /(\n\n)?</ {bar} rest");
         Ok(lark)
     }
 

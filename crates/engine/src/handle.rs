@@ -16,7 +16,7 @@ use oxseek_text::Tokenizer;
 use thiserror::Error;
 
 use crate::{
-    EngineLimits, EngineState, Event, Request, Stats, ValidRequest,
+    EngineLimits, EngineState, Event, Observer, Request, Stats, ValidRequest,
     stats::{Counters, Pulse, add},
     step::Worker,
 };
@@ -110,6 +110,7 @@ pub(crate) struct Submission {
     pub(crate) events: async_channel::Sender<Event>,
     pub(crate) submitted: Instant,
     pub(crate) random_seed: u64,
+    pub(crate) observer: Option<Box<dyn Observer>>,
     pub(crate) place: Place,
 }
 
@@ -213,6 +214,26 @@ impl EngineHandle {
     /// # Errors
     /// [`SubmitError`]
     pub fn submit(&self, request: ValidRequest) -> Result<Ticket, SubmitError> {
+        self.submit_with(request, None)
+    }
+
+    /// Queues a request that someone keeps books about.
+    ///
+    /// # Errors
+    /// [`SubmitError`]; the observer is dropped without being told anything.
+    pub fn submit_observed(
+        &self,
+        request: ValidRequest,
+        observer: Box<dyn Observer>,
+    ) -> Result<Ticket, SubmitError> {
+        self.submit_with(request, Some(observer))
+    }
+
+    fn submit_with(
+        &self,
+        request: ValidRequest,
+        observer: Option<Box<dyn Observer>>,
+    ) -> Result<Ticket, SubmitError> {
         let s = &self.shared;
         if s.stopping.load(Ordering::Acquire) || s.monitor.pulse.dead.load(Ordering::Acquire) {
             return Err(SubmitError::Stopped);
@@ -224,6 +245,7 @@ impl EngineHandle {
             events,
             submitted: Instant::now(),
             random_seed: random_seed(),
+            observer,
             place,
         };
         if s.commands.send(Command::Submit(Box::new(submission))).is_err() {

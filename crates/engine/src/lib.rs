@@ -10,6 +10,7 @@ mod choice;
 mod constraint;
 mod handle;
 mod masks;
+mod observer;
 mod open;
 mod request;
 mod sampler;
@@ -21,6 +22,8 @@ mod tenants;
 pub use blocks::BlockPool;
 pub use constraint::{Allowed, Constraint, Grammar, TokenMask};
 pub use handle::{Engine, EngineHandle, EngineOptions, SubmitError, Ticket};
+pub use observer::{Ended, Ending, Observer};
+pub use oxseek_model::kv::BLOCK_TOKENS;
 pub use request::{
     EngineLimits, Event, FinishReason, Matched, Request, RequestError, Sampling, TokenInfo, Usage,
     ValidRequest,

@@ -1,10 +1,14 @@
 //! A request that is not ended, and its events on their way.
 
-use std::{collections::VecDeque, time::Instant};
+use std::{
+    collections::VecDeque,
+    panic::{AssertUnwindSafe, catch_unwind},
+    time::Instant,
+};
 
 use async_channel::TrySendError;
 
-use crate::{Event, Request, Usage, choice::Choice, handle::Place};
+use crate::{Ended, Ending, Event, Observer, Request, Usage, choice::Choice, handle::Place};
 
 /// A request that is not ended.
 pub(crate) struct Open {
@@ -17,6 +21,9 @@ pub(crate) struct Open {
     pub(crate) submitted: Instant,
     pub(crate) admitted: Option<Instant>,
     pub(crate) first_token: Option<Instant>,
+    /// The last step that gave it a token.
+    pub(crate) last_token: Option<Instant>,
+    pub(crate) observer: Option<Box<dyn Observer>>,
 }
 
 impl Open {
@@ -32,6 +39,35 @@ impl Open {
             decode: now - first,
             ttft: first - self.submitted,
         }
+    }
+
+    /// A step gave it a token.
+    pub(crate) fn note_token(&mut self, now: Instant) {
+        let last = self.last_token.replace(now);
+        if let (Some(observer), Some(last)) = (&mut self.observer, last.filter(|&last| last < now)) {
+            observer.token(now - last);
+        }
+    }
+
+    /// Some of its answers may have ended.
+    pub(crate) fn note_done(&mut self, events: &[Event]) {
+        let Some(observer) = &mut self.observer else { return };
+        for event in events {
+            if let Event::Done { reason, .. } = event {
+                observer.done(*reason);
+            }
+        }
+    }
+
+    /// Tells the observer how it ended; only the first time counts.
+    pub(crate) fn end(&mut self, how: Ended, now: Instant) {
+        let Some(mut observer) = self.observer.take() else { return };
+        let mut usage = self.usage(now);
+        if self.admitted.is_none() {
+            usage.prompt_tokens = 0;
+        }
+        // The books are not the engine's: what goes wrong in them must not end it.
+        let _ = catch_unwind(AssertUnwindSafe(|| observer.ended(&Ending { how, usage })));
     }
 }
 

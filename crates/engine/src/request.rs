@@ -149,6 +149,25 @@ pub struct RequestError {
 /// A request that is valid by construction: every id and every size is within the engine's limits.
 pub struct ValidRequest(pub(crate) Request);
 
+impl ValidRequest {
+    /// Most tokens that the request can take: its prompt and all of its answers at their longest.
+    pub fn tokens_max(&self) -> usize {
+        self.0.prompt.len() + self.0.n * self.0.max_tokens.unwrap_or(0)
+    }
+
+    /// Makes it the request of a tenant: tenants take turns, and share no beginnings in the cache. 0 is nobody.
+    #[must_use]
+    pub fn on_behalf_of(mut self, tenant: u64) -> Self {
+        self.0.tenant = tenant;
+        if tenant != 0 {
+            // A salt of the client's own stays apart too.
+            let own = self.0.cache_salt.as_deref().unwrap_or_default();
+            self.0.cache_salt = Some(format!("{tenant:016x}/{own}").into());
+        }
+        self
+    }
+}
+
 impl Request {
     /// Checks the request against an engine's limits.
     ///

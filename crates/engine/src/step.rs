@@ -11,7 +11,7 @@ use oxseek_model::{Batch, LanguageModel, LogitRows, ModelError};
 use oxseek_text::Tokenizer;
 
 use crate::{
-    Bans, EngineOptions, Event, FinishReason, Request, SampleError, Sampler,
+    Bans, Ended, EngineOptions, Event, FinishReason, Request, SampleError, Sampler,
     choice::{Choice, token_info},
     handle::{Command, Monitor, Submission},
     masks::{Guide, Masks},
@@ -149,7 +149,7 @@ impl Worker {
 
     fn accept(&mut self, submission: Submission) {
         let choices = guarded(|| self.choices(&submission.request, submission.random_seed));
-        let Submission { mut request, events, submitted, place, .. } = submission;
+        let Submission { mut request, events, submitted, place, observer, .. } = submission;
         let request_id = self.next_id;
         self.next_id += request.n as u64;
         let prompt_tokens = request.prompt.len();
@@ -176,6 +176,8 @@ impl Worker {
             submitted,
             admitted: None,
             first_token: None,
+            last_token: None,
+            observer,
         };
         self.open.insert(request_id, open);
         if let Some(failure) = failure {
@@ -222,6 +224,7 @@ impl Worker {
             self.open.iter().filter(|(_, o)| o.outbox.channel.is_closed()).map(|(&id, _)| id).collect();
         for id in left {
             add(&self.monitor.counters.cancelled, 1);
+            self.end(id, Ended::Cancelled);
             self.close(id);
         }
     }
@@ -245,6 +248,7 @@ impl Worker {
         }
         for id in cut {
             add(&self.monitor.counters.failed, 1);
+            self.end(id, Ended::Cut);
             self.close(id);
         }
         ended.into_iter().for_each(|id| self.close(id));
@@ -368,6 +372,9 @@ impl Worker {
         self.report_scores(request_id, wanted, rows.start);
         if wanted.draw {
             self.commit_draw(request_id, wanted.id, (rows.end - 1) * vocab..rows.end * vocab, now)?;
+            if let Some(open) = self.open.get_mut(&request_id) {
+                open.note_token(now);
+            }
         }
         self.end_if_done(request_id, now);
         Ok(())
@@ -444,6 +451,7 @@ impl Worker {
         if choice.done {
             self.scheduler.finish(choice.sequence);
         }
+        open.note_done(&events);
         for event in &events {
             if let Event::Done { reason, .. } = event {
                 let c = &self.monitor.counters;
@@ -461,6 +469,7 @@ impl Worker {
         if done {
             add(&self.monitor.counters.finished, 1);
             let usage = open.usage(now);
+            open.end(Ended::Finished, now);
             open.outbox.backlog.push_back(Event::Finished { usage });
         }
         open.outbox.flush(now);
@@ -504,6 +513,7 @@ impl Worker {
     }
 
     fn fail(&mut self, request_id: u64, failure: Failure) {
+        self.end(request_id, Ended::Failed);
         if let Some(open) = self.open.get_mut(&request_id) {
             add(&self.monitor.counters.failed, 1);
             if failure.broken {
@@ -513,6 +523,13 @@ impl Worker {
             let _ = open.outbox.channel.try_send(Event::Failed { message: failure.message });
         }
         self.close(request_id);
+    }
+
+    /// Tells a request's observer how it ended.
+    fn end(&mut self, request_id: u64, how: Ended) {
+        if let Some(open) = self.open.get_mut(&request_id) {
+            open.end(how, Instant::now());
+        }
     }
 
     /// Forgets a request and frees what it held.

@@ -1,6 +1,9 @@
 //! How a model talks: what its template reads and how it writes its turns.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    fmt::Write,
+    sync::{Arc, OnceLock},
+};
 
 use oxseek_constrain::{Error, Grammars};
 use oxseek_text::{CallStyle, ChatTemplate, Tokenizer, TurnFormat};
@@ -68,7 +71,7 @@ impl Dialect {
     pub(crate) fn declaration(&self, tools: &[serde_json::Value]) -> String {
         let mut text = String::from("## Tools\nYou have access to the following tools:\n");
         for tool in tools {
-            text += &format!("\n{}\n", tool["function"]);
+            let _ = write!(text, "\n{}\n", tool["function"]);
         }
         text += "\nTo call tools, write nothing else than this, with arguments that are valid for the parameters:\n";
         text += match self.format.calls() {

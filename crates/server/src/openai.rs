@@ -1,15 +1,16 @@
 //! OpenAI's API: from JSON to engine requests and back.
 
 mod answer;
-mod body;
+pub(crate) mod body;
 pub(crate) mod capabilities;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod constraint;
-mod fields;
+mod depth;
+pub(crate) mod fields;
 mod formats;
 pub(crate) mod messages;
 pub(crate) mod models;
-mod parameters;
+pub(crate) mod parameters;
 mod thinking;
 pub(crate) mod tools;

@@ -198,7 +198,6 @@ impl Turn {
                 self.state = State::Content;
                 self.mark(mark, spelled, parts);
             }
-            (State::Reasoning, Mark::ThinkClose) => self.state = State::Content,
             // Models forget to close their thinking before they call.
             (State::Reasoning | State::Content | State::Calls { .. }, Mark::CallsBegin) => {
                 self.state = State::Calls { loose: false };
@@ -206,7 +205,9 @@ impl Turn {
             (State::Content | State::Calls { .. } | State::Broken, Mark::CallBegin) => {
                 self.state = State::Header(Header::new(spelled.into()));
             }
-            (State::Calls { .. } | State::Broken, Mark::CallsEnd) => self.state = State::Content,
+            (State::Reasoning, Mark::ThinkClose) | (State::Calls { .. } | State::Broken, Mark::CallsEnd) => {
+                self.state = State::Content
+            }
             (State::Broken, Mark::CallEnd) => {
                 content(parts, spelled);
                 self.state = State::Calls { loose: false };

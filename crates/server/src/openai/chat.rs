@@ -20,6 +20,7 @@ use super::{
     tools::{Choice, Tools},
 };
 use crate::{
+    caller::Caller,
     error::ApiError,
     state::{AppState, Model},
 };
@@ -27,6 +28,7 @@ use crate::{
 /// Answers a conversation.
 pub(crate) async fn chat_completions(
     State(state): State<AppState>,
+    caller: Caller,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
@@ -36,7 +38,7 @@ pub(crate) async fn chat_completions(
         let model = Arc::clone(&model);
         state.prepare(move || prepare(&model, &body)).await?
     };
-    let ticket = model.engine.submit(prepared.request)?;
+    let ticket = caller.submit(&model, prepared.request)?;
     let form = Form::Chat { format: Arc::clone(&model.dialect.format), start: prepared.start };
     let answer = Answer::new(form, model.name.clone(), vec![ticket], prepared.n, prepared.logprobs);
     answer.respond(prepared.streaming).await
@@ -48,6 +50,11 @@ struct Prepared {
     logprobs: bool,
     start: TurnStart,
     streaming: Streaming,
+}
+
+/// Reads a body without asking the engine.
+pub(crate) fn check(model: &Model, body: &[u8]) -> Result<(), ApiError> {
+    prepare(model, body).map(drop)
 }
 
 /// From a body to a request that the engine takes.
@@ -87,7 +94,8 @@ pub(crate) struct Conversation {
 }
 
 impl Conversation {
-    fn take(fields: &mut Fields, model: &Model) -> Result<Self, ApiError> {
+    /// Takes what a prompt is made of.
+    pub(crate) fn take(fields: &mut Fields, model: &Model) -> Result<Self, ApiError> {
         let mut messages = messages(fields, model.dialect.arguments)?;
         if fields.boolean("continue_final_message")?.unwrap_or(false) {
             if messages.list.last().is_none_or(|m| m["role"] != "assistant") {

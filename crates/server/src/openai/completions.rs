@@ -15,6 +15,7 @@ use super::{
     parameters::{Streaming, check_model, either, generation, neutral, streaming, token_ids},
 };
 use crate::{
+    caller::Caller,
     error::ApiError,
     limits::PROMPTS_MAX,
     state::{AppState, Model},
@@ -26,6 +27,7 @@ const MAX_TOKENS_DEFAULT: usize = 16;
 /// Continues texts.
 pub(crate) async fn completions(
     State(state): State<AppState>,
+    caller: Caller,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
@@ -36,7 +38,8 @@ pub(crate) async fn completions(
         state.prepare(move || prepare(&model, &body)).await?
     };
     // One that does not find a place any more takes the others with it: their tickets are dropped.
-    let tickets: Result<Vec<_>, _> = prepared.requests.into_iter().map(|r| model.engine.submit(r)).collect();
+    let tickets: Result<Vec<_>, _> =
+        prepared.requests.into_iter().map(|r| caller.submit(&model, r)).collect();
     let form = Form::Text { echo: prepared.echo };
     let answer = Answer::new(form, model.name.clone(), tickets?, prepared.n, prepared.logprobs);
     answer.respond(prepared.streaming).await
@@ -49,6 +52,11 @@ struct Prepared {
     /// Texts to put before the answers, one per prompt; none without `echo`.
     echo: Vec<String>,
     streaming: Streaming,
+}
+
+/// Reads a body without asking the engine.
+pub(crate) fn check(model: &Model, body: &[u8]) -> Result<(), ApiError> {
+    prepare(model, body).map(drop)
 }
 
 /// From a body to requests that the engine takes, one per prompt.

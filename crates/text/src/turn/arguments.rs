@@ -1,5 +1,7 @@
 //! A call's arguments while they are written, always as JSON.
 
+use std::fmt::Write;
+
 use super::format::{CallStyle, Mark};
 
 /// What the text between the marks of a call is.
@@ -117,7 +119,8 @@ fn field_text(count: &mut usize, field: &mut Field, text: &str, written: &mut Wr
                 };
                 let string = string == "true";
                 written.json += if *count == 0 { "{" } else { ", " };
-                written.json += &format!("\"{}\": {}", escaped(name), if string { "\"" } else { "" });
+                let quote = if string { "\"" } else { "" };
+                let _ = write!(written.json, "\"{}\": {quote}", escaped(name));
                 *count += 1;
                 *field = Field::Value { string, blank: true };
                 field_text(count, field, &value, written);
