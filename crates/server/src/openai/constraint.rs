@@ -106,7 +106,7 @@ impl Constraint for Held {
             (Stage::Thinking(n), _) => self.stage = Stage::Thinking(n + 1),
             // Some models open their thinking themselves.
             (Stage::Free, _) if first && Some(token) == self.rules.think_open => {
-                self.stage = Stage::Thinking(0)
+                self.stage = Stage::Thinking(0);
             }
             (Stage::Free, Some(_)) if Some(token) == self.rules.behind => self.stage = Stage::Grammar,
             (Stage::Free, _) | (Stage::Grammar, None) => {}
