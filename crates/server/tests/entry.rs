@@ -107,7 +107,7 @@ fn a_key_meets_its_limits_and_is_told_when_to_come_back() {
     assert_eq!(answer.header("x-ratelimit-limit-tokens"), Some("1000"));
     assert!(answer.header("x-ratelimit-reset-tokens").is_some());
     // One that is larger than any minute can never pass: no time is named.
-    let body = json!({"prompt": vec![5; 400], "max_tokens": 100, "n": 2, "ignore_eos": true});
+    let body = json!({"prompt": [5, 6, 7], "max_tokens": 500, "n": 2, "ignore_eos": true});
     let body_larger = json!({"prompt": vec![5; 400], "max_tokens": 100, "n": 2, "stream": true}).to_string();
     let small = KeyLimits { tokens_per_minute: Some(599), ..KeyLimits::default() };
     server.state.set_keys(vec![record("alice", ALICE, Role::User, small)]);
