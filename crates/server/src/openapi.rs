@@ -165,7 +165,10 @@ fn posted(operation: &Operation, name: &str) -> Value {
 }
 
 fn plain(path: &str, about: &str, query: &[&str], media: &str) -> Value {
-    let parameter = |place: &str, name: &str| json!({"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}});
+    let parameter = |place: &str, name: &str| {
+        let required = place == "path";
+        json!({"name": name, "in": place, "required": required, "schema": {"type": "string"}})
+    };
     let mut parameters: Vec<Value> = query.iter().map(|name| parameter("query", name)).collect();
     parameters.extend(path.contains("{id}").then(|| parameter("path", "id")));
     let ok = json!({"description": about, "content": {media: {"schema": {}}}});

@@ -525,7 +525,8 @@ fn tools_are_called_through_every_door() {
     );
     assert_eq!(used["input"], serde_json::from_str::<Value>(call["arguments"].as_str().unwrap()).unwrap());
     // And the result goes back.
-    let again = json!({"model": "oxseek-demo", "max_tokens": 60, "temperature": 0, "tools": [with("input_schema", &described)],
+    let again = json!({"model": "oxseek-demo", "max_tokens": 60, "temperature": 0,
+        "tools": [with("input_schema", &described)],
         "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": message["content"]},
             {"role": "user", "content": [{"type": "tool_result", "tool_use_id": used["id"], "content": "sunny"}]}]});
     let (status, answer) = post(&server, "/v1/messages", &again);

@@ -206,7 +206,7 @@ impl Turn {
                 self.state = State::Header(Header::new(spelled.into()));
             }
             (State::Reasoning, Mark::ThinkClose) | (State::Calls { .. } | State::Broken, Mark::CallsEnd) => {
-                self.state = State::Content
+                self.state = State::Content;
             }
             (State::Broken, Mark::CallEnd) => {
                 content(parts, spelled);

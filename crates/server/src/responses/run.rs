@@ -62,7 +62,7 @@ impl Run {
         };
         let id = new_id("resp");
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let mut output = Output::new(id.clone(), created, &model.name, asked.echo);
+        let mut output = Output::new(&id, created, &model.name, asked.echo);
         output.begin();
         let own = asked.input.len();
         let mut input = history;
