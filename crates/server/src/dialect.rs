@@ -61,6 +61,7 @@ impl Dialect {
             thinking: false,
             thinking_tokens_max: None,
             end: tokenizer.token_id(&model.eos).or(tokenizer.eos_id()),
+            calls_begin: self.format.calls_begin_id(),
             grammar: None,
             behind: None,
             vocab: model.engine.limits().vocab as u32,

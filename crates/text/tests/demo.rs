@@ -135,7 +135,32 @@ fn hostile_templates_end_in_time() {
         ("{{ unknown_function() }}", "template"),
         ("{% for m in messages %}", "template"),
         ("{{ messages | tojson(indent='x') }}", "template"),
+        (
+            "{% set s = namespace(x='ab') %}{% for i in range(60) %}{% set s.x = s.x + s.x %}{% endfor %}",
+            "limit",
+        ),
+        (
+            "{% set s = namespace(x='ab') %}{% for i in range(60) %}{% set s.x = s.x ~ s.x %}{% endfor %}",
+            "limit",
+        ),
+        ("{{ 'x' * 1000000000 }}", "template"),
+        ("{{ [1, 2] | groupby('a') | tojson(x=1) }}", "template"),
+        (
+            "{% for i in range(100000) %}{% for j in range(100000) %}{% if i > j %}{% endif %}{% endfor %}{% endfor %}",
+            "limit",
+        ),
+        ("{% for a in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}", "template"),
+        ("{% extends 'chat' %}", "template"),
+        ("{% block a %}{{ self.a() }}{% endblock %}", "template"),
+        (
+            "{% macro f(x) %}{{ g(x) }}{% endmacro %}{% macro g(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+            "template",
+        ),
+        ("{{ messages.append(messages) }}", "template"),
+        ("{{ (messages[0]).__init__.__globals__['os'].system('id') }}", "template"),
+        ("{{ cycler.__init__ }}{{ joiner.x.y }}{{ lipsum() }}", "template"),
     ];
+    assert!(cases.len() >= 25);
     for (source, want) in cases {
         let render = |t: ChatTemplate| {
             t.render(&[json!({"role": "user", "content": "hi"})], None, true, BOS, EOS, &Map::new())

@@ -174,7 +174,7 @@ fn written(style: CallStyle, content: &str, calls: &[(String, String)]) -> Strin
     };
     for (i, (name, value)) in calls.iter().enumerate() {
         let json = json!({"k": value}).to_string();
-        text += &match style {
+        let call = match style {
             CallStyle::Fenced => {
                 let line = if i > 0 { "\n" } else { "" };
                 format!(
@@ -190,6 +190,7 @@ fn written(style: CallStyle, content: &str, calls: &[(String, String)]) -> Strin
                  </｜DSML｜parameter>\n</｜DSML｜invoke>\n"
             ),
         };
+        text += &call;
     }
     text += match style {
         CallStyle::Fenced | CallStyle::Plain => "<｜tool▁calls▁end｜>",

@@ -16,6 +16,8 @@ pub(crate) struct Rules {
     pub(crate) thinking_tokens_max: Option<usize>,
     /// The token that ends an answer: not before the grammar says so.
     pub(crate) end: Option<u32>,
+    /// The token that begins calls.
+    pub(crate) calls_begin: Option<u32>,
     pub(crate) grammar: Option<Compiled>,
     /// The grammar begins behind this token; the answer may do without.
     pub(crate) behind: Option<u32>,
@@ -76,9 +78,10 @@ impl Constraint for Held {
                 let spent = self.rules.thinking_tokens_max.is_some_and(|max| n >= max);
                 match (self.rules.think_close, self.rules.end) {
                     (Some(close), _) if spent => mask.allow(close),
-                    // Whoever must still answer may not end here.
+                    // Whoever must still answer may not end here, nor call before the grammar begins.
                     (Some(_), Some(end)) if follower.is_some() && self.rules.behind.is_none() => {
-                        (0..self.rules.vocab).filter(|id| *id != end).for_each(|id| mask.allow(id));
+                        let not_yet = |id: &u32| *id == end || Some(*id) == self.rules.calls_begin;
+                        (0..self.rules.vocab).filter(|id| !not_yet(id)).for_each(|id| mask.allow(id));
                     }
                     _ => return Ok(Allowed::Any),
                 }
@@ -98,10 +101,12 @@ impl Constraint for Held {
             (Stage::Thinking(_), _) if Some(token) == self.rules.think_close => {
                 self.stage = self.rules.after_thinking();
             }
+            // A call ends thinking that was not closed.
+            (Stage::Thinking(_), Some(_)) if Some(token) == self.rules.behind => self.stage = Stage::Grammar,
             (Stage::Thinking(n), _) => self.stage = Stage::Thinking(n + 1),
             // Some models open their thinking themselves.
             (Stage::Free, _) if first && Some(token) == self.rules.think_open => {
-                self.stage = Stage::Thinking(0)
+                self.stage = Stage::Thinking(0);
             }
             (Stage::Free, Some(_)) if Some(token) == self.rules.behind => self.stage = Stage::Grammar,
             (Stage::Free, _) | (Stage::Grammar, None) => {}
@@ -127,6 +132,7 @@ mod tests {
             thinking,
             thinking_tokens_max: Some(tokens_max),
             end: Some(END),
+            calls_begin: None,
             grammar: None,
             behind: None,
             vocab: VOCAB,
