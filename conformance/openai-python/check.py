@@ -340,7 +340,8 @@ def concurrent_streams():
 
 def metrics(http):
     lines = http.get("/metrics").raise_for_status().text.splitlines()
-    return {name: float(value) for name, value in (x.rsplit(" ", 1) for x in lines if x and not x.startswith("#"))}
+    rows = (x.rsplit(" ", 1) for x in lines if x and not x.startswith("#"))
+    return {name.split("{")[0]: float(value) for name, value in rows}
 
 
 @check
@@ -353,13 +354,13 @@ def client_leaves():
             for _ in range(5):
                 next(lines)
             at_close = metrics(http)
-            equal(at_close["oxseek_requests_running"], 1, "requests running")
+            equal(at_close["vllm:num_requests_running"], 1, "requests running")
             assert at_close["oxseek_cache_blocks_used"] > 0, "no cache blocks in use"
         closed = time.monotonic()
         while True:
             now = metrics(http)
             waited = time.monotonic() - closed
-            if now["oxseek_cache_blocks_used"] == 0 and now["oxseek_requests_running"] == 0:
+            if now["oxseek_cache_blocks_used"] == 0 and now["vllm:num_requests_running"] == 0:
                 break
             assert waited < 10, f"not released after {waited:.0f} s: {now}"
             time.sleep(0.002)

@@ -10,10 +10,14 @@ use crate::{
     threads::Pool,
 };
 
+/// Latent values of a query that one task makes, for all heads: whole groups.
+pub(crate) const SLICE: usize = 64;
+
 /// The weights of one layer in BF16, three times: sixteen outputs side by side, pairs of inputs in each of them.
 ///
 /// It is packed while the model loads: it is small, and what is in its place until then would need code of its own.
 pub(crate) struct PackedKvB {
+    #[allow(dead_code, reason = "keeps what the panels point to; tests look at it")]
     bytes: HugeBytes,
     panels: KvBPanels,
 }
@@ -43,14 +47,18 @@ pub(crate) enum Factor {
     Packed(PackedKvB),
 }
 
-/// One panel per head.
+/// One panel per head. Its groups of sixteen outputs come in slices: the first of all heads, then the second, so that
+/// a task that makes a slice for all heads reads one stream.
 #[derive(Clone, Copy)]
 pub(crate) struct Panels {
     first: *const u8,
+    heads: usize,
     /// Outputs of each head.
     pub(crate) rows: usize,
     /// Pairs of inputs.
     pub(crate) units: usize,
+    /// Groups of a slice.
+    slice: usize,
 }
 
 // SAFETY: it only points to weights, which nobody writes.
@@ -59,8 +67,8 @@ unsafe impl Send for Panels {}
 unsafe impl Sync for Panels {}
 
 impl Panels {
-    fn new(rows: usize, cols: usize) -> Self {
-        Self { first: std::ptr::null(), rows, units: cols.div_ceil(2) }
+    fn new(heads: usize, rows: usize, cols: usize, slice: usize) -> Self {
+        Self { first: std::ptr::null(), heads, rows, units: cols.div_ceil(2), slice }
     }
 
     /// Bytes of a group of sixteen outputs.
@@ -68,13 +76,22 @@ impl Panels {
         self.units * 64
     }
 
-    fn head_bytes(&self) -> usize {
-        self.rows.div_ceil(GROUP_ROWS) * self.group_bytes()
+    fn slices(&self) -> usize {
+        self.rows.div_ceil(GROUP_ROWS).div_ceil(self.slice)
     }
 
-    /// A head's panel from group `group` on.
+    fn slice_bytes(&self) -> usize {
+        self.slice * self.group_bytes()
+    }
+
+    fn bytes(&self) -> usize {
+        self.heads * self.slices() * self.slice_bytes()
+    }
+
+    /// A head's panel from group `group` to the end of its slice.
     pub(crate) fn at(&self, head: usize, group: usize) -> *const u8 {
-        self.first.wrapping_add(head * self.head_bytes() + group * self.group_bytes())
+        let slice = (group / self.slice * self.heads + head) * self.slice_bytes();
+        self.first.wrapping_add(slice + group % self.slice * self.group_bytes())
     }
 }
 
@@ -90,25 +107,31 @@ impl PackedKvB {
         pool: &mut Pool,
     ) -> Result<Self, Error> {
         let MlaShape { heads, nope, value, latent, .. } = *shape;
-        let mut parts = [Panels::new(latent, nope), Panels::new(nope, latent), Panels::new(value, latent)];
-        let mut bytes = arena.alloc(heads * parts.iter().map(Panels::head_bytes).sum::<usize>())?;
+        let whole = |rows, cols| Panels::new(heads, rows, cols, rows.div_ceil(GROUP_ROWS).max(1));
+        let absorb = Panels::new(heads, latent, nope, SLICE / GROUP_ROWS);
+        let mut parts = [absorb, whole(nope, latent), whole(value, latent)];
+        let mut bytes = arena.alloc(parts.iter().map(Panels::bytes).sum::<usize>())?;
         let mut first = bytes.as_ptr();
         for part in &mut parts {
             part.first = first;
-            first = first.wrapping_add(heads * part.head_bytes());
+            first = first.wrapping_add(part.bytes());
         }
         let out = Bytes::new(bytes.as_mut());
         pool.run(heads, &|head, _| {
             let rows = decode_head(m, head * (nope + value), nope + value);
             let (keys, values) = rows.split_at(nope * latent);
-            let part = |i: usize| {
-                let start = parts[i].first.addr() - parts[0].first.addr() + head * parts[i].head_bytes();
-                // SAFETY: this head's part of the buffer, which no other task touches.
-                unsafe { std::slice::from_raw_parts_mut(out.at(start), parts[i].head_bytes()) }
-            };
-            pack_columns(keys, latent, part(0));
-            pack_rows(keys, latent, part(1));
-            pack_rows(values, latent, part(2));
+            for (i, p) in parts.iter().enumerate() {
+                for slice in 0..p.slices() {
+                    let start = p.at(head, slice * p.slice).addr() - parts[0].first.addr();
+                    // SAFETY: this head's part of the buffer, which no other task touches.
+                    let out = unsafe { std::slice::from_raw_parts_mut(out.at(start), p.slice_bytes()) };
+                    match i {
+                        0 => pack_columns(keys, latent, slice * SLICE, out),
+                        1 => pack_rows(keys, latent, out),
+                        _ => pack_rows(values, latent, out),
+                    }
+                }
+            }
         })?;
         let [absorb, keys, values] = parts;
         Ok(Self { bytes, panels: KvBPanels { absorb, keys, values } })
@@ -120,7 +143,7 @@ impl PackedKvB {
 
     /// Bytes that making queries and outputs of a token reads.
     pub(crate) fn absorbed_bytes(&self) -> usize {
-        self.bytes.as_ref().len() * 2 / 3
+        self.panels.absorb.bytes() + self.panels.values.bytes()
     }
 }
 
@@ -147,8 +170,8 @@ fn pack_rows(rows: &[u16], cols: usize, out: &mut [u8]) {
     }
 }
 
-/// Each column is an output: pairs of rows.
-fn pack_columns(rows: &[u16], cols: usize, out: &mut [u8]) {
+/// Each column from `first` on, as many as a slice has, is an output: pairs of rows.
+fn pack_columns(rows: &[u16], cols: usize, first: usize, out: &mut [u8]) {
     let (words, _) = out.as_chunks_mut::<4>();
     let units = rows.len() / cols.max(1);
     let group = units.div_ceil(2) * GROUP_ROWS;
@@ -156,6 +179,7 @@ fn pack_columns(rows: &[u16], cols: usize, out: &mut [u8]) {
     for (u, pair) in rows.chunks(2 * cols).enumerate() {
         let (even, odd) = pair.split_at(cols);
         let odd = if odd.is_empty() { &none } else { odd };
+        let (even, odd) = (&even[first..cols.min(first + SLICE)], &odd[first..cols.min(first + SLICE)]);
         for (g, (even, odd)) in even.chunks(GROUP_ROWS).zip(odd.chunks(GROUP_ROWS)).enumerate() {
             let words = &mut words[g * group + u * GROUP_ROWS..];
             for (word, (e, o)) in words.iter_mut().zip(even.iter().zip(odd)) {

@@ -380,6 +380,10 @@ impl Backend for CpuBackend {
         Ok(Weight(self.admit(matrix, true)? as u32))
     }
 
+    fn load_table(&mut self, matrix: HostMatrix) -> Result<Weight, Error> {
+        Ok(Weight(self.admit(matrix, false)? as u32))
+    }
+
     fn load_vector(&mut self, values: &[f32]) -> Result<Vector, Error> {
         Ok(Vector(push(&mut self.vectors, values.to_vec())))
     }
@@ -445,6 +449,7 @@ impl Backend for CpuBackend {
 
     fn begin_step(&mut self, input: &StepInput) -> Result<(), Error> {
         input.check()?;
+        self.packer.step_begins();
         self.take_packed(false);
         self.step.clone_from(input);
         self.step_count += 1;
@@ -611,6 +616,9 @@ impl Backend for CpuBackend {
         let Some(&(x, rows)) = self.reads.get(read.0 as usize) else {
             return Poll::Ready(Err(shape_error(op, "read handle", self.reads.len(), read.0 as usize)));
         };
+        if rows > 0 {
+            self.packer.step_is_over();
+        }
         let x = &self.buffers[x.0 as usize];
         let n = rows * x.cols;
         Poll::Ready(expect(op, "out", n, out.len()).map(|()| out.copy_from_slice(&x.values[..n])))

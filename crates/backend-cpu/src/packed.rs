@@ -13,6 +13,9 @@ use crate::{
 };
 
 mod parts;
+mod squares;
+
+use squares::{Square, prefetch, turn_pairs, turn_words};
 
 /// Rows of a group.
 pub(crate) const GROUP_ROWS: usize = 16;
@@ -176,52 +179,66 @@ pub(crate) fn pack_group(m: &HostMatrix, format: PackedFormat, group: usize, out
         &m.data()[row * n..][..n]
     });
     match format {
-        PackedFormat::Bf16 => pack_words(&rows, 0, n, out),
+        PackedFormat::Bf16 => pack_bf16(&rows, out),
         PackedFormat::E4m3 => pack_e4m3(&rows, m, group, out),
         PackedFormat::Int4 => pack_int4(&rows, m, group, out),
-        _ => {
-            if let Some(blocks) = format.blocks() {
-                blocks.pack(&rows, out);
-            }
-        }
+        _ => parts::pack(format, &rows, out),
     }
 }
 
-/// `len` bytes of each row from `at` on, four at a time; what is missing of the last four is zero.
-fn pack_words(rows: &[&[u8]; GROUP_ROWS], at: usize, len: usize, out: &mut [u8]) {
-    let rows = rows.map(|r| &r[at..at + len]);
-    let whole = len / 4;
+/// Pairs of columns.
+fn pack_bf16(rows: &[&[u8]; GROUP_ROWS], out: &mut [u8]) {
+    for (at, out) in (0..rows[0].len()).step_by(64).zip(out.chunks_mut(64 * GROUP_ROWS)) {
+        pack_words(rows, at, (rows[0].len() - at).min(64), out, 0);
+    }
+}
+
+/// `len` bytes of each row from `at` on, four at a time, with the bits of `flip` changed; what is missing of the last
+/// four is zero.
+#[inline(always)]
+#[allow(clippy::inline_always, reason = "sizes are constants where it is used")]
+fn pack_words(rows: &[&[u8]; GROUP_ROWS], at: usize, len: usize, out: &mut [u8], flip: u8) {
     let (lines, _) = out.as_chunks_mut::<64>();
-    let (squares, _) = lines.as_chunks_mut::<4>();
     // The last words of a row may be fewer than a square, or not whole.
-    let whole_squares = len / 16;
-    for (i, square) in squares.iter_mut().enumerate().take(whole_squares) {
-        pack_square(&rows, i * 16, square);
+    let whole = len / 16;
+    for (i, lines) in lines.as_chunks_mut::<4>().0.iter_mut().enumerate().take(whole) {
+        turn_squares(rows, at + i * 16, lines, |square| turn_words(square, flip));
     }
-    let done = whole_squares * 4;
+    let (at, len) = (at + whole * 16, len - whole * 16);
+    let lines = &mut lines[whole * 4..];
+    if len == 0 {
+        return;
+    }
+    if len.is_multiple_of(4) && rows[0].len() >= at + 16 {
+        let mut square = [[0; 64]; 4];
+        turn_squares(rows, at, &mut square, |square| turn_words(square, flip));
+        lines[..len / 4].copy_from_slice(&square[..len / 4]);
+        return;
+    }
     for (r, row) in rows.iter().enumerate() {
-        let (words, rest) = row.as_chunks::<4>();
-        for (line, word) in lines.iter_mut().zip(words).skip(done) {
-            line[r * 4..r * 4 + 4].copy_from_slice(word);
-        }
-        if !rest.is_empty() {
-            let last = &mut lines[whole][r * 4..r * 4 + 4];
-            last.fill(0);
-            last[..rest.len()].copy_from_slice(rest);
+        for (line, bytes) in lines.iter_mut().zip(row[at..at + len].chunks(4)) {
+            let word = &mut line[r * 4..r * 4 + 4];
+            word.fill(0);
+            word.iter_mut().zip(bytes).for_each(|(out, byte)| *out = byte ^ flip);
         }
     }
 }
 
-/// Four words of each row, from byte `at` on: four rows at a time, as a square that the compiler turns in registers.
-fn pack_square(rows: &[&[u8]; GROUP_ROWS], at: usize, out: &mut [[u8; 64]; 4]) {
+/// Sixteen bytes of each row, from byte `at` on: four rows at a time. The rows of the next group begin where these end:
+/// what is packed next of it is asked for meanwhile, else packing would wait for memory.
+#[inline(always)]
+#[allow(clippy::inline_always, reason = "the innermost loop of packing")]
+fn turn_squares(
+    rows: &[&[u8]; GROUP_ROWS],
+    at: usize,
+    lines: &mut [[u8; 64]; 4],
+    turn: impl Fn(Square<'_>) -> [[u8; 16]; 4],
+) {
+    prefetch(rows[0].as_ptr().wrapping_add((rows[0].len() + at) * GROUP_ROWS), 16 * GROUP_ROWS);
     for (four, rows) in rows.as_chunks::<4>().0.iter().enumerate() {
-        let words = rows.map(|row| {
-            let (words, _) = row[at..at + 16].as_chunks::<4>();
-            [0, 1, 2, 3].map(|w| u32::from_ne_bytes(words[w]))
-        });
-        for (w, line) in out.iter_mut().enumerate() {
-            let turned = [0, 1, 2, 3].map(|r| words[r][w].to_ne_bytes());
-            line[four * 16..][..16].copy_from_slice(turned.as_flattened());
+        let square = rows.map(|row| &row[at..at + 16].as_chunks().0[0]);
+        for (line, turned) in lines.iter_mut().zip(turn(square)) {
+            line[four * 16..][..16].copy_from_slice(&turned);
         }
     }
 }
@@ -239,9 +256,13 @@ fn pack_e4m3(rows: &[&[u8]; GROUP_ROWS], m: &HostMatrix, group: usize, out: &mut
     // What lies past the last column must be a number.
     codes[(grid - 1) * E4M3_BLOCK_BYTES..].fill(0);
     let (lines, _) = codes.as_chunks_mut::<64>();
+    let whole = m.cols() / 16;
+    for (i, lines) in lines.as_chunks_mut::<4>().0.iter_mut().enumerate().take(whole) {
+        turn_squares(rows, i * 16, lines, turn_pairs);
+    }
     for (r, row) in rows.iter().enumerate() {
         let at = r / 4 * 16 + r % 4 * 2;
-        for (line, four) in lines.iter_mut().zip(row.chunks(4)) {
+        for (line, four) in lines.iter_mut().skip(whole * 4).zip(row[whole * 16..].chunks(4)) {
             for (i, code) in four.iter().enumerate() {
                 line[at + i / 2 * 8 + i % 2] = *code;
             }
@@ -253,17 +274,24 @@ fn pack_e4m3(rows: &[&[u8]; GROUP_ROWS], m: &HostMatrix, group: usize, out: &mut
 fn pack_int4(rows: &[&[u8]; GROUP_ROWS], m: &HostMatrix, group: usize, out: &mut [u8]) {
     let grid = m.cols() / 32 * 2;
     let scales = m.group_scales().unwrap_or_default();
-    for (r, row) in rows.iter().enumerate() {
-        let scales = &scales[(group * GROUP_ROWS + r).min(m.rows() - 1) * grid..][..grid];
-        let blocks = row.as_chunks::<16>().0.iter().zip(scales.as_chunks::<2>().0);
-        for (out, (codes, scale)) in out.chunks_exact_mut(18 * GROUP_ROWS).zip(blocks) {
-            out[r * 2..r * 2 + 2].copy_from_slice(scale);
-            for i in 0..16 {
-                let code = |column: usize| codes[column / 2] >> (column % 2 * 4) & 15;
-                out[32 + i / 4 * 64 + r * 4 + i % 4] = code(i) | code(i + 16) << 4;
-            }
+    for (b, out) in out.chunks_exact_mut(18 * GROUP_ROWS).enumerate() {
+        for (r, out) in out.as_chunks_mut::<2>().0.iter_mut().enumerate().take(GROUP_ROWS) {
+            let row = (group * GROUP_ROWS + r).min(m.rows() - 1);
+            out.copy_from_slice(&scales[row * grid + b * 2..][..2]);
         }
+        let nibbles = rows.map(|row| halves_together(&row[b * 16..]));
+        let nibbles = nibbles.each_ref().map(<[u8; 16]>::as_slice);
+        pack_words(&nibbles, 0, 16, &mut out[2 * GROUP_ROWS..], 0);
     }
+}
+
+/// 32 codes in the order of the columns, as the nibbles of Q4_0.
+#[inline]
+fn halves_together(codes: &[u8]) -> [u8; 16] {
+    std::array::from_fn(|i| {
+        let code = |column: usize| codes[column / 2] >> (column % 2 * 4) & 15;
+        code(i) | code(i + 16) << 4
+    })
 }
 
 /// The low and the high bytes of the BF16 values of the E4M3 codes without sign: every one is exact.

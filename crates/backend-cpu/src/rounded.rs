@@ -38,7 +38,7 @@ impl Rounding {
 }
 
 /// The tiles of `n` tokens, at most `most` wide and as even as they can be: first token and width of each.
-pub(crate) fn tiles(n: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(crate) fn tiles(n: usize, most: usize) -> impl Iterator<Item = (usize, usize)> + Clone {
     let count = n.div_ceil(most).max(1);
     let (width, wider) = (n / count, n % count);
     (0..count).map(move |i| (i * width + i.min(wider), width + usize::from(i < wider))).filter(|t| t.1 > 0)
@@ -105,16 +105,31 @@ impl RowsMut {
     /// Each row has these words; rows `first..first + rows.len()` were shaped; nobody else touches these words of them.
     #[allow(unsafe_code, reason = "a part of a buffer that several tasks fill")]
     pub(crate) unsafe fn interleave(self, rows: &[*const f32], words: Range<usize>, first: usize) {
-        let out = self.words.at(first * self.row_words + words.start * rows.len());
-        // SAFETY: the caller's promise.
-        unsafe {
-            for i in 0..words.len() {
-                for (j, row) in rows.iter().enumerate() {
-                    // As integers: a word may look like a signalling NaN.
-                    let word = row.add(i).cast::<u32>().read();
-                    out.add(i * rows.len() + j).cast::<u32>().write(word);
+        // As integers: a word may look like a signalling NaN.
+        let out = self.words.at(first * self.row_words + words.start * rows.len()).cast::<u32>();
+        macro_rules! widths {
+            ($($n:literal)*) => {
+                match rows.len() {
+                    // SAFETY: the caller's promise.
+                    $($n => unsafe { alternate::<$n>(std::array::from_fn(|j| rows[j].cast()), words.len(), out) },)*
+                    _ => unreachable!("a tile of {} tokens", rows.len()),
                 }
-            }
+            };
+        }
+        widths!(1 2 3 4 5 6 7 8 9 10 11 12);
+    }
+}
+
+/// `n` words of each row, in turns.
+///
+/// # Safety
+/// Each row has these words, and `out` room for them all.
+#[allow(unsafe_code, reason = "a part of a buffer that several tasks fill")]
+unsafe fn alternate<const T: usize>(rows: [*const u32; T], n: usize, out: *mut u32) {
+    for i in 0..n {
+        for (j, row) in rows.iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { out.add(i * T + j).write(row.add(i).read()) };
         }
     }
 }

@@ -46,6 +46,7 @@ pub(crate) struct Kernels {
     pub(crate) panel_gemm: unsafe fn(&PanelGemm<'_>),
     pub(crate) dot_rows: unsafe fn(&attention::DotRows<'_>),
     pub(crate) attend_chunk: unsafe fn(&attention::AttendChunk<'_>),
+    pub(crate) decode_rows: unsafe fn(&attention::CachedRows<'_>),
     round: unsafe fn(Rounding, *const f32, usize, *mut f32),
     /// Most tokens of a tile of `panel_gemm`, by [`Rounding`].
     tile_tokens: [usize; 2],
@@ -186,6 +187,11 @@ macro_rules! kernels {
             // SAFETY: the caller's promise is passed on.
             unsafe { attention::attend_chunk::<$simd, $panel>(c) }
         }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn decode_rows(c: &attention::CachedRows<'_>) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { attention::decode_rows::<$panel>(c) }
+        }
 
         /// This level's kernels.
         pub(crate) static KERNELS: Kernels = Kernels {
@@ -199,6 +205,7 @@ macro_rules! kernels {
             panel_gemm,
             dot_rows,
             attend_chunk,
+            decode_rows,
             round,
             tile_tokens: panel::tile_tokens::<$panel>(),
             peaks: [f32_products, bf16_products, byte_products],

@@ -115,7 +115,7 @@ fn native_products_are_those_of_the_rounded_activations() {
     }
 }
 
-/// Attention in BF16 is that of the reference, within what rounding costs.
+/// Attention in BF16 is that of the reference, within what rounding costs: at most 0.063, in FP8 weights.
 #[test]
 fn native_attention_is_near_the_reference() {
     for level in Level::available() {
@@ -125,7 +125,7 @@ fn native_attention_is_near_the_reference() {
                     CpuOptions { threads: Some(threads), level: Some(level), precision: Precision::Native };
                 Box::new(CpuBackend::new(options).unwrap()) as Box<dyn Backend>
             };
-            let report = conformance::check_rounded_attention(&mut make, 7, 0.1);
+            let report = conformance::check_rounded_attention(&mut make, 7, 0.08);
             println!("{level}, {threads} threads: {:?}", report.closest());
             assert_eq!(report.failures().count(), 0, "{level}, {threads} threads\n{report}");
         }

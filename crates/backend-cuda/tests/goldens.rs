@@ -42,7 +42,7 @@ fn the_demo_model() {
         return;
     }
     let checkpoint = Checkpoint::open(&root().join("models/oxseek-demo")).unwrap();
-    let golden = Golden::open(&root().join("goldens/oxseek-demo.safetensors")).unwrap();
+    let golden = Golden::open(&root().join("goldens/oxseek-demo.safetensors.gz")).unwrap();
     for figures in demo::check(&checkpoint, &golden, &mut make).unwrap() {
         println!("{figures}");
         assert!(figures.passed(), "{figures}");
@@ -55,7 +55,7 @@ fn native_precision_stays_close() {
         return;
     }
     let checkpoint = Checkpoint::open(&root().join("models/oxseek-demo")).unwrap();
-    let golden = Golden::open(&root().join("goldens/oxseek-demo.safetensors")).unwrap();
+    let golden = Golden::open(&root().join("goldens/oxseek-demo.safetensors.gz")).unwrap();
     let mut native = || {
         let options = CudaOptions { precision: Precision::Native, ..CudaOptions::default() };
         Ok(Box::new(CudaBackend::new(options)?) as Box<dyn Backend>)

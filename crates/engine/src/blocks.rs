@@ -1,49 +1,258 @@
-//! Cache blocks: who holds which.
+//! Cache blocks: who holds which, and which hold the beginning of a text that may come again.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use oxseek_model::kv::BLOCK_TOKENS;
+
+use crate::scheduler::SequenceId;
 
 /// The blocks of a paged cache. A block may be shared by sequences that have the same beginning.
+///
+/// A whole block may be *known* by what it holds: the block before it, its own tokens, and the form in which its rows
+/// are computed. A known block that nobody holds keeps its rows until the place is needed, least recently used first.
 #[derive(Debug, Clone)]
 pub struct BlockPool {
+    /// Blocks that hold nothing.
     free: Vec<u32>,
-    holders: Vec<u32>,
+    blocks: Vec<Block>,
+    /// Known blocks. The key is the whole content, so a hash never decides.
+    index: HashMap<Arc<Content>, u32>,
+    /// Known blocks that nobody holds, by the time since when.
+    idle: BTreeMap<u64, u32>,
+    /// Counts what happens: times of `idle` and names of nodes.
+    clock: u64,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Block {
+    holders: u32,
+    known: Option<Known>,
+    idle_since: u64,
+}
+
+#[derive(Debug, Clone)]
+struct Known {
+    content: Arc<Content>,
+    node: Node,
+    /// Who is computing it; none when it is done.
+    promised_by: Option<SequenceId>,
+}
+
+/// Names the content of a block and of all blocks before it. Never used again for another content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Node(u64);
+
+/// What comes before a block.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Before {
+    /// Nothing: it is the first one, and only those with the same salt may share it.
+    Start(Option<Arc<str>>),
+    /// This.
+    Block(Node),
+}
+
+/// What decides the bits of a block.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Content {
+    before: Before,
+    form: u8,
+    tokens: [u32; BLOCK_TOKENS],
+}
+
+/// A known block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Found {
+    /// Where it lies.
+    pub block: u32,
+    /// Its name.
+    pub node: Node,
+    /// Who is computing it; none when its rows are there.
+    pub promised_by: Option<SequenceId>,
+}
+
+impl Content {
+    /// The content of a whole block: `tokens` after `before`, computed in the form `form`. None when it is not whole.
+    pub fn new(before: Before, form: u8, tokens: &[u32]) -> Option<Self> {
+        Some(Self { before, form, tokens: tokens.try_into().ok()? })
+    }
 }
 
 impl BlockPool {
     /// `blocks` free blocks.
     pub fn new(blocks: usize) -> Self {
-        // Taken from the end: low ids first, so that a lightly used cache touches few pages.
-        Self { free: (0..blocks as u32).rev().collect(), holders: vec![0; blocks] }
+        Self {
+            // Taken from the end: low ids first, so that a lightly used cache touches few pages.
+            free: (0..blocks as u32).rev().collect(),
+            blocks: vec![Block::default(); blocks],
+            index: HashMap::new(),
+            idle: BTreeMap::new(),
+            clock: 0,
+        }
     }
 
-    /// Takes a free block.
+    /// Takes a free block, or the known one that was not used for the longest time.
     pub fn take(&mut self) -> Option<u32> {
-        let block = self.free.pop()?;
-        self.holders[block as usize] = 1;
+        let block = match self.free.pop() {
+            Some(block) => block,
+            None => {
+                let (_, block) = self.idle.pop_first()?;
+                self.forget(block);
+                block
+            }
+        };
+        self.blocks[block as usize].holders = 1;
         Some(block)
     }
 
-    /// Adds a holder to a block that is held.
+    /// Adds a holder to a block that is held or known.
     pub fn share(&mut self, block: u32) {
-        debug_assert!(self.holders[block as usize] > 0, "a free block is not shared");
-        self.holders[block as usize] += 1;
+        let b = &mut self.blocks[block as usize];
+        if b.holders == 0 {
+            debug_assert!(b.known.is_some(), "a free block is not shared");
+            self.idle.remove(&b.idle_since);
+        }
+        b.holders += 1;
     }
 
-    /// Gives a block back; it is free when nobody holds it any more.
+    /// Gives a block back. When nobody holds it any more it is free, or idle when it is known and done.
     pub fn release(&mut self, block: u32) {
-        let holders = &mut self.holders[block as usize];
-        debug_assert!(*holders > 0, "a block is released once per holder");
-        *holders -= 1;
-        if *holders == 0 {
+        let b = &mut self.blocks[block as usize];
+        debug_assert!(b.holders > 0, "a block is released once per holder");
+        b.holders -= 1;
+        if b.holders > 0 {
+            return;
+        }
+        if b.known.as_ref().is_some_and(|k| k.promised_by.is_none()) {
+            self.clock += 1;
+            b.idle_since = self.clock;
+            self.idle.insert(self.clock, block);
+        } else {
+            self.forget(block);
             self.free.push(block);
         }
     }
 
-    /// Free blocks.
+    /// The block with this content.
+    pub fn find(&self, content: &Content) -> Option<Found> {
+        let &block = self.index.get(content)?;
+        let known = self.blocks[block as usize].known.as_ref()?;
+        Some(Found { block, node: known.node, promised_by: known.promised_by })
+    }
+
+    /// Makes a held block known, unless another one has this content. `promised_by` is computing it; without it the
+    /// rows are there. `node` is the name of the content if it has one already.
+    pub fn know(
+        &mut self,
+        block: u32,
+        content: Content,
+        node: Option<Node>,
+        promised_by: Option<SequenceId>,
+    ) -> Node {
+        if let Some(found) = self.find(&content) {
+            return found.node;
+        }
+        self.forget(block);
+        self.clock += 1;
+        let node = node.unwrap_or(Node(self.clock));
+        let content = Arc::new(content);
+        self.index.insert(Arc::clone(&content), block);
+        self.blocks[block as usize].known = Some(Known { content, node, promised_by });
+        node
+    }
+
+    /// The rows of a block that was promised are there. False when it was not promised.
+    pub fn fulfil(&mut self, block: u32) -> bool {
+        let known = self.blocks[block as usize].known.as_mut();
+        known.is_some_and(|k| k.promised_by.take().is_some())
+    }
+
+    /// Makes a held block unknown: nobody finds it any more.
+    pub fn forget(&mut self, block: u32) {
+        if let Some(known) = self.blocks[block as usize].known.take() {
+            self.index.remove(&known.content);
+        }
+    }
+
+    /// Blocks that can be taken.
     pub fn free(&self) -> usize {
-        self.free.len()
+        self.free.len() + self.idle.len()
+    }
+
+    /// Known blocks that nobody holds.
+    pub fn idle(&self) -> usize {
+        self.idle.len()
+    }
+
+    /// Whether nobody holds a block.
+    pub fn is_idle(&self, block: u32) -> bool {
+        self.blocks[block as usize].holders == 0
     }
 
     /// All blocks.
     pub fn total(&self) -> usize {
-        self.holders.len()
+        self.blocks.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn content(before: Before, token: u32) -> Content {
+        Content::new(before, 0, &[token; BLOCK_TOKENS]).expect("whole")
+    }
+
+    fn start() -> Before {
+        Before::Start(None)
+    }
+
+    #[test]
+    fn a_known_block_is_found_until_its_place_is_needed() {
+        let mut pool = BlockPool::new(2);
+        let (a, b) = (pool.take().expect("free"), pool.take().expect("free"));
+        let first = pool.know(a, content(start(), 1), None, None);
+        let second = pool.know(b, content(Before::Block(first), 1), None, None);
+        assert_ne!(first, second);
+        [b, a].into_iter().for_each(|block| pool.release(block));
+        assert_eq!((pool.free(), pool.idle()), (2, 2));
+        // Found, held again, and given back: now it is the younger one.
+        assert_eq!(pool.find(&content(start(), 1)).map(|f| f.block), Some(a));
+        pool.share(a);
+        pool.release(a);
+        assert_eq!(pool.take(), Some(b));
+        assert_eq!(pool.find(&content(Before::Block(first), 1)), None);
+        assert_eq!(pool.take(), Some(a));
+        assert_eq!((pool.take(), pool.find(&content(start(), 1))), (None, None));
+    }
+
+    #[test]
+    fn only_the_same_beginning_form_and_salt_are_the_same() {
+        let mut pool = BlockPool::new(4);
+        let a = pool.take().expect("free");
+        let node = pool.know(a, content(start(), 1), None, None);
+        let salted = Before::Start(Some("key".into()));
+        let other_form = Content::new(start(), 1, &[1; BLOCK_TOKENS]).expect("whole");
+        for other in [content(salted, 1), content(Before::Block(node), 1), content(start(), 2), other_form] {
+            assert_eq!(pool.find(&other), None);
+        }
+        assert!(Content::new(start(), 0, &[1; 63]).is_none());
+    }
+
+    #[test]
+    fn a_promise_that_is_not_kept_is_forgotten() {
+        let mut pool = BlockPool::new(1);
+        let a = pool.take().expect("free");
+        pool.know(a, content(start(), 1), None, Some(SequenceId(1)));
+        assert_eq!(pool.find(&content(start(), 1)).and_then(|f| f.promised_by), Some(SequenceId(1)));
+        pool.release(a);
+        assert_eq!((pool.find(&content(start(), 1)), pool.free(), pool.idle()), (None, 1, 0));
+        let a = pool.take().expect("free");
+        pool.know(a, content(start(), 1), None, Some(SequenceId(2)));
+        assert!(pool.fulfil(a) && !pool.fulfil(a));
+        pool.release(a);
+        assert_eq!(pool.idle(), 1);
     }
 }

@@ -1,9 +1,10 @@
 //! The world's side of an engine: start, submit, read, cancel, stop.
 
 use std::{
+    collections::HashMap,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
     thread::JoinHandle,
@@ -15,10 +16,13 @@ use oxseek_text::Tokenizer;
 use thiserror::Error;
 
 use crate::{
-    EngineLimits, Event, Request, Stats, ValidRequest,
-    stats::{Counters, add},
+    EngineLimits, EngineState, Event, Observer, Request, Stats, ValidRequest,
+    stats::{Counters, Pulse, add},
     step::Worker,
 };
+
+/// Tenants whose open requests are counted before those that have none are forgotten.
+const TENANTS_KEPT: usize = 1024;
 
 /// Starts engines.
 pub struct Engine;
@@ -32,6 +36,12 @@ pub struct EngineOptions {
     pub queue_requests_max: usize,
     /// Most rows of one step: prompts are cut into chunks of at most this. Never more than the model was made for.
     pub step_tokens_max: usize,
+    /// Most requests of one tenant that are open; more are refused.
+    pub tenant_requests_max: usize,
+    /// Begin prompts behind what earlier ones left in the cache.
+    pub prefix_cache: bool,
+    /// How long a step may take before the engine counts as stuck.
+    pub step_stall_max: Duration,
     /// Events that a reader may be behind before its sequences pause.
     pub event_channel_max: usize,
     /// How long a reader may stand still before its request is cut.
@@ -47,6 +57,9 @@ impl Default for EngineOptions {
         Self {
             sequences_max: 8,
             queue_requests_max: 256,
+            tenant_requests_max: usize::MAX,
+            prefix_cache: true,
+            step_stall_max: Duration::from_secs(300),
             step_tokens_max: 512,
             event_channel_max: 256,
             reader_stall_max: Duration::from_secs(30),
@@ -64,13 +77,24 @@ pub struct EngineHandle {
 
 struct Shared {
     commands: mpsc::Sender<Command>,
-    counters: Arc<Counters>,
+    monitor: Arc<Monitor>,
     limits: EngineLimits,
     open_requests_max: u64,
+    tenant_requests_max: u64,
+    /// Open requests per tenant.
+    tenants: Mutex<HashMap<u64, Arc<AtomicU64>>>,
     event_channel_max: usize,
+    step_stall_max: Duration,
     stopping: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,
     tokenizer: Arc<Tokenizer>,
+}
+
+/// What is known about the engine thread from outside.
+#[derive(Debug)]
+pub(crate) struct Monitor {
+    pub(crate) counters: Counters,
+    pub(crate) pulse: Pulse,
 }
 
 /// What the engine thread is told.
@@ -86,6 +110,21 @@ pub(crate) struct Submission {
     pub(crate) events: async_channel::Sender<Event>,
     pub(crate) submitted: Instant,
     pub(crate) random_seed: u64,
+    pub(crate) observer: Option<Box<dyn Observer>>,
+    pub(crate) place: Place,
+}
+
+/// A place among the open requests; it is free again when this is dropped.
+pub(crate) struct Place {
+    monitor: Arc<Monitor>,
+    of_tenant: Arc<AtomicU64>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.of_tenant.fetch_sub(1, Ordering::AcqRel);
+        self.monitor.counters.requests_open.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// Why a request was not taken.
@@ -94,6 +133,9 @@ pub enum SubmitError {
     /// Too many requests wait; later may work.
     #[error("too many requests are waiting")]
     Busy,
+    /// Too many requests of this tenant are open; later may work.
+    #[error("too many requests of this key are open")]
+    TenantBusy,
     /// The engine has stopped or is about to.
     #[error("the engine is stopping")]
     Stopped,
@@ -120,19 +162,31 @@ impl Engine {
             stop_tokens_max: 64,
             logprobs_max: 20,
             logit_bias_max: 1024,
+            score_rows_max: made.logit_rows_max - sequences_max,
         };
-        let counters = Arc::new(Counters::default());
+        let monitor = Arc::new(Monitor { counters: Counters::default(), pulse: Pulse::new() });
         let (commands, inbox) = mpsc::channel();
         let open_requests_max = (sequences_max + options.queue_requests_max) as u64;
         let event_channel_max = options.event_channel_max.max(1);
-        let worker = Worker::new(model, Arc::clone(&tokenizer), options, inbox, Arc::clone(&counters));
-        let thread = std::thread::Builder::new().name("engine".into()).spawn(move || worker.run());
+        let tenant_requests_max = options.tenant_requests_max as u64;
+        let step_stall_max = options.step_stall_max;
+        let score_rows_max = limits.score_rows_max;
+        let watch = Arc::clone(&monitor);
+        let tokens = Arc::clone(&tokenizer);
+        let work = move || {
+            let end = End(watch);
+            Worker::new(model, tokens, options, score_rows_max, inbox, Arc::clone(&end.0)).run();
+        };
+        let thread = std::thread::Builder::new().name("engine".into()).spawn(work);
         let shared = Shared {
             commands,
-            counters,
+            monitor,
             limits,
             open_requests_max,
+            tenant_requests_max,
+            tenants: Mutex::default(),
             event_channel_max,
+            step_stall_max,
             // Without a thread every request is told that the engine has stopped.
             stopping: AtomicBool::new(thread.is_err()),
             thread: Mutex::new(thread.ok()),
@@ -142,29 +196,62 @@ impl Engine {
     }
 }
 
+/// Notes that the thread ended, however it did.
+struct End(Arc<Monitor>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.pulse.dead.store(true, Ordering::Release);
+        }
+        self.0.pulse.ended.store(true, Ordering::Release);
+    }
+}
+
 impl EngineHandle {
     /// Queues a request.
     ///
     /// # Errors
     /// [`SubmitError`]
     pub fn submit(&self, request: ValidRequest) -> Result<Ticket, SubmitError> {
+        self.submit_with(request, None)
+    }
+
+    /// Queues a request that someone keeps books about.
+    ///
+    /// # Errors
+    /// [`SubmitError`]; the observer is dropped without being told anything.
+    pub fn submit_observed(
+        &self,
+        request: ValidRequest,
+        observer: Box<dyn Observer>,
+    ) -> Result<Ticket, SubmitError> {
+        self.submit_with(request, Some(observer))
+    }
+
+    fn submit_with(
+        &self,
+        request: ValidRequest,
+        observer: Option<Box<dyn Observer>>,
+    ) -> Result<Ticket, SubmitError> {
         let s = &self.shared;
-        if s.stopping.load(Ordering::Acquire) {
+        if s.stopping.load(Ordering::Acquire) || s.monitor.pulse.dead.load(Ordering::Acquire) {
             return Err(SubmitError::Stopped);
         }
-        if s.counters.requests_open.fetch_add(1, Ordering::AcqRel) >= s.open_requests_max {
-            s.counters.requests_open.fetch_sub(1, Ordering::AcqRel);
-            add(&s.counters.rejected, 1);
-            return Err(SubmitError::Busy);
-        }
+        let place = s.place(request.0.tenant).inspect_err(|_| add(&s.monitor.counters.rejected, 1))?;
         let (events, receiver) = async_channel::bounded(s.event_channel_max);
-        let submission =
-            Submission { request: request.0, events, submitted: Instant::now(), random_seed: random_seed() };
+        let submission = Submission {
+            request: request.0,
+            events,
+            submitted: Instant::now(),
+            random_seed: random_seed(),
+            observer,
+            place,
+        };
         if s.commands.send(Command::Submit(Box::new(submission))).is_err() {
-            s.counters.requests_open.fetch_sub(1, Ordering::AcqRel);
             return Err(SubmitError::Stopped);
         }
-        add(&s.counters.submitted, 1);
+        add(&s.monitor.counters.submitted, 1);
         Ok(Ticket { events: receiver, commands: s.commands.clone() })
     }
 
@@ -175,7 +262,30 @@ impl EngineHandle {
 
     /// What the engine did and does.
     pub fn stats(&self) -> Stats {
-        self.shared.counters.snapshot()
+        self.shared.monitor.counters.snapshot()
+    }
+
+    /// Whether the engine does what it should. Cheap, and never waits for the engine.
+    pub fn state(&self) -> EngineState {
+        let s = &self.shared;
+        let pulse = &s.monitor.pulse;
+        let stopping = s.stopping.load(Ordering::Acquire);
+        if pulse.dead.load(Ordering::Acquire) {
+            EngineState::Dead
+        } else if pulse.ended.load(Ordering::Acquire) {
+            EngineState::Stopped
+        } else if pulse.step_age().is_some_and(|age| age > s.step_stall_max) {
+            EngineState::Stuck
+        } else if stopping {
+            EngineState::Draining
+        } else {
+            EngineState::Ready
+        }
+    }
+
+    /// How long the step that runs now has been running; None between steps.
+    pub fn step_age(&self) -> Option<Duration> {
+        self.shared.monitor.pulse.step_age()
     }
 
     /// The model's tokenizer.
@@ -198,6 +308,37 @@ impl EngineHandle {
             let _ = thread.join();
         }
     }
+}
+
+impl Shared {
+    /// A place for a request of a tenant.
+    fn place(&self, tenant: u64) -> Result<Place, SubmitError> {
+        let of_tenant = self.of_tenant(tenant);
+        if !enter(&of_tenant, self.tenant_requests_max) {
+            return Err(SubmitError::TenantBusy);
+        }
+        if !enter(&self.monitor.counters.requests_open, self.open_requests_max) {
+            of_tenant.fetch_sub(1, Ordering::AcqRel);
+            return Err(SubmitError::Busy);
+        }
+        Ok(Place { monitor: Arc::clone(&self.monitor), of_tenant })
+    }
+
+    /// The number of open requests of a tenant.
+    fn of_tenant(&self, tenant: u64) -> Arc<AtomicU64> {
+        let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
+        if tenants.len() > TENANTS_KEPT {
+            // A count that somebody is about to raise is shared.
+            tenants.retain(|_, open| Arc::strong_count(open) > 1 || open.load(Ordering::Acquire) > 0);
+        }
+        Arc::clone(tenants.entry(tenant).or_default())
+    }
+}
+
+/// Takes a place if there is one.
+fn enter(open: &AtomicU64, most: u64) -> bool {
+    let taken = open.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| (n < most).then_some(n + 1));
+    taken.is_ok()
 }
 
 /// Events of one request. Dropping it cancels the request within one step.

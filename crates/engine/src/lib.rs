@@ -7,17 +7,26 @@
 
 mod blocks;
 mod choice;
+mod constraint;
 mod handle;
+mod masks;
+mod observer;
+mod open;
 mod request;
 mod sampler;
 pub mod scheduler;
 mod stats;
 mod step;
+mod tenants;
 
 pub use blocks::BlockPool;
+pub use constraint::{Allowed, Constraint, Grammar, TokenMask};
 pub use handle::{Engine, EngineHandle, EngineOptions, SubmitError, Ticket};
+pub use observer::{Ended, Ending, Observer};
+pub use oxseek_model::kv::BLOCK_TOKENS;
 pub use request::{
-    EngineLimits, Event, FinishReason, Request, RequestError, Sampling, TokenInfo, Usage, ValidRequest,
+    EngineLimits, Event, FinishReason, Matched, Request, RequestError, Sampling, TokenInfo, Usage,
+    ValidRequest,
 };
-pub use sampler::{Sampled, Sampler};
-pub use stats::Stats;
+pub use sampler::{Bans, Gate, SampleError, Sampled, Sampler};
+pub use stats::{EngineState, Stats};

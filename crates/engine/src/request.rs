@@ -1,11 +1,13 @@
 //! Requests at the engine's door, and what comes back.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use thiserror::Error;
 
-/// How tokens are chosen. The steps run in this order: logit bias, penalties, temperature, `top_k`, `typical_p`,
-/// `top_p`, `min_p`, draw.
+use crate::Grammar;
+
+/// How tokens are chosen. The steps run in this order: the request's constraint, logit bias, penalties, temperature,
+/// `top_k`, `typical_p`, `top_p`, `min_p`, draw.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
     /// Divides the logits; 0 always takes the most likely token.
@@ -51,12 +53,14 @@ impl Default for Sampling {
 }
 
 /// What is asked of the engine.
-#[derive(Clone, PartialEq)]
+#[derive(Clone)]
 pub struct Request {
     /// Tokens of the prompt.
     pub prompt: Vec<u32>,
     /// Most tokens of an answer; it also ends where the context is full.
     pub max_tokens: Option<usize>,
+    /// An answer does not end by an end token, a stop token or a stop string before it has this many tokens.
+    pub min_tokens: usize,
     /// Answers to the same prompt.
     pub n: usize,
     /// Texts that end an answer; they are not part of it.
@@ -65,12 +69,25 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// Never choose the tokens that end an answer: for measuring.
     pub ignore_eos: bool,
-    /// Show special tokens in the text.
+    /// Show special tokens in the text. Their ids are in the events in any case.
     pub keep_special: bool,
     /// How tokens are chosen.
     pub sampling: Sampling,
     /// Report log-probabilities: of the chosen token and of this many of the most likely ones.
     pub logprobs: Option<usize>,
+    /// What the answers may say; none lets them say anything.
+    pub grammar: Option<Arc<dyn Grammar>>,
+    /// Report the log-probability of every token of the prompt but the first, and this many of the most likely ones.
+    /// The whole prompt is computed then, whatever is in the cache.
+    pub prompt_logprobs: Option<usize>,
+    /// Report how far the prompt is ([`Event::Progress`]).
+    pub progress: bool,
+    /// Only requests with the same salt share cached beginnings.
+    pub cache_salt: Option<Arc<str>>,
+    /// Whom the request is for: tenants of equal priority take turns by tokens.
+    pub tenant: u64,
+    /// Smaller goes first, as in vLLM.
+    pub priority: i32,
 }
 
 impl Default for Request {
@@ -78,6 +95,7 @@ impl Default for Request {
         Self {
             prompt: Vec::new(),
             max_tokens: None,
+            min_tokens: 0,
             n: 1,
             stop: Vec::new(),
             stop_tokens: Vec::new(),
@@ -85,6 +103,12 @@ impl Default for Request {
             keep_special: false,
             sampling: Sampling::default(),
             logprobs: None,
+            grammar: None,
+            prompt_logprobs: None,
+            progress: false,
+            cache_salt: None,
+            tenant: 0,
+            priority: 0,
         }
     }
 }
@@ -108,6 +132,8 @@ pub struct EngineLimits {
     pub logprobs_max: usize,
     /// Most entries of the logit bias.
     pub logit_bias_max: usize,
+    /// Rows of logits in a step that prompts may be scored with; without any, `prompt_logprobs` is refused.
+    pub score_rows_max: usize,
 }
 
 /// A request that an engine cannot take. The message never quotes the prompt.
@@ -122,6 +148,25 @@ pub struct RequestError {
 
 /// A request that is valid by construction: every id and every size is within the engine's limits.
 pub struct ValidRequest(pub(crate) Request);
+
+impl ValidRequest {
+    /// Most tokens that the request can take: its prompt and all of its answers at their longest.
+    pub fn tokens_max(&self) -> usize {
+        self.0.prompt.len() + self.0.n * self.0.max_tokens.unwrap_or(0)
+    }
+
+    /// Makes it the request of a tenant: tenants take turns, and share no beginnings in the cache. 0 is nobody.
+    #[must_use]
+    pub fn on_behalf_of(mut self, tenant: u64) -> Self {
+        self.0.tenant = tenant;
+        if tenant != 0 {
+            // A salt of the client's own stays apart too.
+            let own = self.0.cache_salt.as_deref().unwrap_or_default();
+            self.0.cache_salt = Some(format!("{tenant:016x}/{own}").into());
+        }
+        self
+    }
+}
 
 impl Request {
     /// Checks the request against an engine's limits.
@@ -138,8 +183,16 @@ impl Request {
         refuse_if(self.logprobs.is_some_and(|n| n > limits.logprobs_max), "logprobs", || {
             format!("at most {} alternatives", limits.logprobs_max)
         })?;
+        refuse_if(self.prompt_logprobs.is_some_and(|n| n > limits.logprobs_max), "prompt_logprobs", || {
+            format!("at most {} alternatives", limits.logprobs_max)
+        })?;
+        refuse_if(self.prompt_logprobs.is_some() && limits.score_rows_max == 0, "prompt_logprobs", || {
+            "this engine was made without room for logits of prompts".into()
+        })?;
+        let asked = self.max_tokens.unwrap_or(usize::MAX);
+        refuse_if(self.min_tokens > asked, "min_tokens", || format!("is more than max_tokens, {asked}"))?;
         let room = limits.context_tokens_max - self.prompt.len();
-        self.max_tokens = Some(self.max_tokens.unwrap_or(room).min(room));
+        self.max_tokens = Some(asked.min(room));
         Ok(ValidRequest(self))
     }
 
@@ -213,13 +266,31 @@ fn within(field: &'static str, value: f32, from: f32, to: f32) -> Result<(), Req
 /// What a request's reader gets, in order.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
+    /// The prompt is being computed. Comes after a step that left a part of it, where asked for, and is left out when
+    /// the reader is behind.
+    Progress {
+        /// Tokens of the prompt that are in the cache.
+        done: usize,
+        /// Tokens of the prompt.
+        total: usize,
+        /// Tokens that were in the cache already.
+        cached: usize,
+    },
+    /// Log-probabilities of the prompt, in order, where asked for. Comes before the first delta, in one or more pieces.
+    PromptLogprobs {
+        /// Place of the first of the tokens in the prompt; the very first token of the prompt has no probability.
+        start: usize,
+        /// The tokens.
+        tokens: Vec<TokenInfo>,
+    },
     /// More of an answer.
     Delta {
         /// Which of the `n` answers.
         choice: usize,
-        /// Whole characters.
+        /// Whole characters: the texts of the tokens, and at the end of an answer what an unfinished character left.
         text: String,
-        /// The tokens that the text came from. A token may come with a later delta than the first byte of its text.
+        /// The tokens that the text came from, each once and in order, whether logprobs were asked for or not. A token
+        /// is held back while its text may be part of a stop string.
         tokens: Vec<TokenInfo>,
     },
     /// An answer has ended.
@@ -228,6 +299,8 @@ pub enum Event {
         choice: usize,
         /// Why.
         reason: FinishReason,
+        /// Which of the request's own stops ended it.
+        matched: Option<Matched>,
     },
     /// All answers have ended; nothing follows.
     Finished {
@@ -248,7 +321,11 @@ pub struct TokenInfo {
     pub id: u32,
     /// Its bytes; part of a character, maybe.
     pub bytes: Vec<u8>,
-    /// Natural logarithm of its probability under the model, before anything of [`Sampling`] (0 when not asked for).
+    /// The text that it completes: none for a part of a character and for a special token that is not shown, less than
+    /// its bytes where a stop string begins inside of it.
+    pub text: String,
+    /// Natural logarithm of its probability under the model, before anything of [`Sampling`] but among the tokens that
+    /// the constraint allows, as vLLM's `raw_logprobs` are (0 when not asked for).
     pub logprob: f32,
     /// The most likely tokens at its place, best first, with their bytes and log-probabilities.
     pub top: Vec<(u32, Vec<u8>, f32)>,
@@ -263,6 +340,15 @@ pub enum FinishReason {
     Length,
 }
 
+/// A stop of the request that ended an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Matched {
+    /// One of its stop tokens.
+    Token(u32),
+    /// One of its stop strings.
+    Text(String),
+}
+
 /// What a request took.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
@@ -272,6 +358,8 @@ pub struct Usage {
     pub completion_tokens: usize,
     /// Prompt tokens that were in the cache already.
     pub cached_tokens: usize,
+    /// From submission to leaving the queue.
+    pub queue: Duration,
     /// From leaving the queue to the first token.
     pub prefill: Duration,
     /// From the first token to the last.
@@ -293,6 +381,7 @@ mod tests {
         stop_tokens_max: 4,
         logprobs_max: 20,
         logit_bias_max: 3,
+        score_rows_max: 4,
     };
 
     fn sampling(change: impl FnOnce(&mut Sampling)) -> Request {
@@ -314,6 +403,7 @@ mod tests {
             ("prompt", request(|r| r.prompt = vec![0; 100])),
             ("prompt", request(|r| r.prompt = vec![50])),
             ("max_tokens", request(|r| r.max_tokens = Some(0))),
+            ("min_tokens", request(|r| (r.min_tokens, r.max_tokens) = (3, Some(2)))),
             ("n", request(|r| r.n = 0)),
             ("n", request(|r| r.n = 5)),
             ("stop", request(|r| r.stop = vec![String::new()])),
@@ -322,6 +412,7 @@ mod tests {
             ("stop_token_ids", request(|r| r.stop_tokens = vec![50])),
             ("stop_token_ids", request(|r| r.stop_tokens = vec![1; 5])),
             ("logprobs", request(|r| r.logprobs = Some(21))),
+            ("prompt_logprobs", request(|r| r.prompt_logprobs = Some(21))),
             ("temperature", sampling(|s| s.temperature = -0.1)),
             ("temperature", sampling(|s| s.temperature = f32::NAN)),
             ("temperature", sampling(|s| s.temperature = f32::INFINITY)),

@@ -1,6 +1,8 @@
 //! From a row of logits to a token.
 
-use crate::Sampling;
+use thiserror::Error;
+
+use crate::{Sampling, TokenMask};
 
 /// Chooses the tokens of one answer.
 #[derive(Debug)]
@@ -9,8 +11,51 @@ pub struct Sampler {
     seed: u64,
     /// Ids from here on have logits but no text.
     vocab_text: usize,
-    banned: Vec<u32>,
+    bans: Bans,
     scratch: Scratch,
+}
+
+/// Tokens that are not chosen, whatever the logits say.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Bans {
+    /// Never.
+    pub always: Vec<u32>,
+    /// Not as one of the first tokens of an answer.
+    pub early: Vec<u32>,
+    /// How many the first ones are.
+    pub early_tokens: usize,
+}
+
+/// Which tokens a constraint lets through, before anything else is looked at.
+#[derive(Debug, Clone, Copy)]
+pub enum Gate<'a> {
+    /// All.
+    Open,
+    /// Those of the mask.
+    Mask(&'a TokenMask),
+    /// These, even where they are banned.
+    Only(&'a [u32]),
+}
+
+impl Gate<'_> {
+    fn lets(self, id: usize) -> bool {
+        match self {
+            Gate::Open => true,
+            Gate::Mask(mask) => mask.allows(id as u32),
+            Gate::Only(ids) => ids.contains(&(id as u32)),
+        }
+    }
+}
+
+/// Why no token could be chosen. The messages are fit for a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum SampleError {
+    /// The row is broken.
+    #[error("the model gave no finite logits")]
+    NotFinite,
+    /// The constraint, bans and bias together leave nothing.
+    #[error("the constraint on the answer and the logit bias leave no token to choose")]
+    NothingAllowed,
 }
 
 /// Memory that is kept from token to token.
@@ -40,39 +85,43 @@ pub struct Sampled {
 }
 
 impl Sampler {
-    /// A sampler for answer number `choice`. `banned` tokens are never chosen, nor are ids from `vocab_text` on.
-    pub fn new(
-        sampling: Sampling,
-        choice: usize,
-        random_seed: u64,
-        vocab_text: usize,
-        banned: Vec<u32>,
-    ) -> Self {
+    /// A sampler for answer number `choice`. Ids from `vocab_text` on are never chosen.
+    pub fn new(sampling: Sampling, choice: usize, random_seed: u64, vocab_text: usize, bans: Bans) -> Self {
         let seed = mix(sampling.seed.unwrap_or(random_seed)) ^ mix(choice as u64 + 1);
-        Self { sampling, seed, vocab_text, banned, scratch: Scratch::default() }
+        Self { sampling, seed, vocab_text, bans, scratch: Scratch::default() }
     }
 
-    /// Chooses the token that follows `prompt` and `answer`. The draw depends on the seed and on the position alone.
-    /// None when the row has no finite logit.
+    /// Chooses the token that follows `prompt` and `answer` among those that `gate` lets through. The draw depends on
+    /// the seed and on the position alone.
+    ///
+    /// # Errors
+    /// [`SampleError`]
     pub fn sample(
         &mut self,
         row: &[f32],
         prompt: &[u32],
         answer: &[u32],
+        gate: Gate<'_>,
         logprobs: Option<usize>,
-    ) -> Option<Sampled> {
+    ) -> Result<Sampled, SampleError> {
         let row = &row[..row.len().min(self.vocab_text)];
-        let id = if self.is_plain() { argmax(row)? } else { self.choose(row, prompt, answer)? };
+        let plain = matches!(gate, Gate::Open) && self.is_plain(answer.len());
+        let id = if plain { argmax(row) } else { self.choose(row, prompt, answer, gate) };
+        let id = id.ok_or_else(|| {
+            let broken = !row.iter().any(|l| l.is_finite());
+            if broken { SampleError::NotFinite } else { SampleError::NothingAllowed }
+        })?;
         let (logprob, top) = match logprobs {
-            Some(n) => log_probabilities(row, id, n),
+            Some(n) => log_probabilities(row, gate, id, n),
             None => (0.0, Vec::new()),
         };
-        Some(Sampled { id, logprob, top })
+        Ok(Sampled { id, logprob, top })
     }
 
     /// Greedy over the model's own logits: no copy of the row is needed.
-    fn is_plain(&self) -> bool {
-        self.sampling.temperature == 0.0 && !self.changes_logits() && self.banned.is_empty()
+    fn is_plain(&self, position: usize) -> bool {
+        let banned = !self.bans.always.is_empty() || position < self.bans.early_tokens;
+        self.sampling.temperature == 0.0 && !self.changes_logits() && !banned
     }
 
     fn changes_logits(&self) -> bool {
@@ -84,11 +133,18 @@ impl Sampler {
         self.sampling.presence_penalty != 0.0 || self.sampling.frequency_penalty != 0.0
     }
 
-    fn choose(&mut self, row: &[f32], prompt: &[u32], answer: &[u32]) -> Option<u32> {
+    fn choose(&mut self, row: &[f32], prompt: &[u32], answer: &[u32], gate: Gate<'_>) -> Option<u32> {
         let mut logits = std::mem::take(&mut self.scratch.logits);
         logits.clear();
         logits.extend_from_slice(row);
+        if !matches!(gate, Gate::Open) {
+            let shut = logits.iter_mut().enumerate().filter(|(id, _)| !gate.lets(*id));
+            shut.for_each(|(_, logit)| *logit = f32::NEG_INFINITY);
+        }
         self.bias(&mut logits);
+        if !matches!(gate, Gate::Only(_)) {
+            self.ban(&mut logits, answer.len());
+        }
         self.penalize(&mut logits, prompt, answer);
         let id = if self.sampling.temperature == 0.0 {
             argmax(&logits)
@@ -106,7 +162,11 @@ impl Sampler {
                 *logit = if bias <= -100.0 { f32::NEG_INFINITY } else { *logit + bias };
             }
         }
-        for &id in &self.banned {
+    }
+
+    fn ban(&self, logits: &mut [f32], position: usize) {
+        let early = if position < self.bans.early_tokens { self.bans.early.as_slice() } else { &[] };
+        for &id in self.bans.always.iter().chain(early) {
             if let Some(logit) = logits.get_mut(id as usize) {
                 *logit = f32::NEG_INFINITY;
             }
@@ -246,9 +306,15 @@ fn keep_typical(candidates: &mut Vec<Candidate>, typical_p: f32) {
     candidates.truncate(last.map_or(candidates.len(), |last| last + 1));
 }
 
-/// Log-probability of `id`, and the `n` most likely tokens with theirs.
-fn log_probabilities(logits: &[f32], id: u32, n: usize) -> (f32, Vec<(u32, f32)>) {
-    let finite = || logits.iter().enumerate().filter(|(_, l)| l.is_finite());
+/// A token of a prompt as if it had been chosen.
+pub(crate) fn score(row: &[f32], id: u32, n: usize) -> Sampled {
+    let (logprob, top) = log_probabilities(row, Gate::Open, id, n);
+    Sampled { id, logprob, top }
+}
+
+/// Log-probability of `id`, and the `n` most likely tokens with theirs, among those that `gate` lets through.
+pub(crate) fn log_probabilities(logits: &[f32], gate: Gate<'_>, id: u32, n: usize) -> (f32, Vec<(u32, f32)>) {
+    let finite = || logits.iter().enumerate().filter(|&(id, l)| l.is_finite() && gate.lets(id));
     let top = finite().fold(f32::NEG_INFINITY, |m, (_, &l)| m.max(l));
     let sum: f64 = finite().map(|(_, &l)| f64::from(l - top).exp()).sum();
     let logprob = |logit: f32| (f64::from(logit - top) - sum.ln()) as f32;
@@ -282,7 +348,7 @@ mod tests {
     fn sampler(change: impl FnOnce(&mut Sampling)) -> Sampler {
         let mut sampling = Sampling { seed: Some(1), ..Sampling::default() };
         change(&mut sampling);
-        Sampler::new(sampling, 0, 0, usize::MAX, Vec::new())
+        Sampler::new(sampling, 0, 0, usize::MAX, Bans::default())
     }
 
     /// How often each token is drawn in 20,000 positions.
@@ -291,7 +357,8 @@ mod tests {
         for position in 0..20_000 {
             let answer = vec![u32::MAX; position % 20_000];
             // Positions beyond the vocabulary leave penalties out of it.
-            counts[s.sample(logits, &[], &answer, None).expect("finite").id as usize] += 1.0 / 20_000.0;
+            counts[s.sample(logits, &[], &answer, Gate::Open, None).expect("finite").id as usize] +=
+                1.0 / 20_000.0;
         }
         counts
     }
@@ -355,13 +422,46 @@ mod tests {
     #[test]
     fn greedy_takes_the_first_of_the_best_and_never_a_banned_one() {
         let mut greedy = sampler(|s| s.temperature = 0.0);
-        assert_eq!(greedy.sample(&[1.0, 3.0, 3.0], &[], &[], None).map(|s| s.id), Some(1));
-        let mut banned =
-            Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }, 0, 0, usize::MAX, vec![1]);
-        assert_eq!(banned.sample(&[1.0, 3.0, 3.0], &[], &[], None).map(|s| s.id), Some(2));
-        let mut short =
-            Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }, 0, 0, 1, Vec::new());
-        assert_eq!(short.sample(&[1.0, 3.0, 3.0], &[], &[], None).map(|s| s.id), Some(0));
+        let row = [1.0, 3.0, 3.0];
+        assert_eq!(greedy.sample(&row, &[], &[], Gate::Open, None).map(|s| s.id), Ok(1));
+        let sampling = || Sampling { temperature: 0.0, ..Sampling::default() };
+        let bans = Bans { always: vec![1], ..Bans::default() };
+        let mut banned = Sampler::new(sampling(), 0, 0, usize::MAX, bans);
+        assert_eq!(banned.sample(&row, &[], &[], Gate::Open, None).map(|s| s.id), Ok(2));
+        let mut short = Sampler::new(sampling(), 0, 0, 1, Bans::default());
+        assert_eq!(short.sample(&row, &[], &[], Gate::Open, None).map(|s| s.id), Ok(0));
+        let bans = Bans { early: vec![1], early_tokens: 1, ..Bans::default() };
+        let mut late = Sampler::new(sampling(), 0, 0, usize::MAX, bans);
+        assert_eq!(late.sample(&row, &[], &[], Gate::Open, None).map(|s| s.id), Ok(2));
+        assert_eq!(late.sample(&row, &[], &[0], Gate::Open, None).map(|s| s.id), Ok(1));
+    }
+
+    #[test]
+    fn a_gate_goes_before_everything_else() {
+        let mut mask = TokenMask::new(4);
+        [0, 3].into_iter().for_each(|id| mask.allow(id));
+        let found = |gate, change: Change| {
+            let mut s = sampler(change);
+            s.sample(&LOGITS, &[], &[], gate, Some(4))
+        };
+        for temperature in [0.0, 1.0] {
+            let change: Change = if temperature == 0.0 { |s| s.temperature = 0.0 } else { |s| s.top_k = 1 };
+            let sampled = found(Gate::Mask(&mask), change).expect("two are allowed");
+            assert_eq!(sampled.id, 0);
+            // The probabilities are those among the allowed ones.
+            let p = softmax(&[0.0, -1.0], 1.0);
+            assert_eq!(sampled.top.iter().map(|t| t.0).collect::<Vec<_>>(), [0, 3]);
+            assert!((f64::from(sampled.logprob) - p[0].ln()).abs() < 1e-6);
+        }
+        let empty = TokenMask::new(4);
+        let nothing = found(Gate::Mask(&empty), |_| {});
+        assert_eq!(nothing, Err(SampleError::NothingAllowed));
+        let biased = found(Gate::Mask(&mask), |s| s.logit_bias = vec![(0, -100.0), (3, -100.0)]);
+        assert_eq!(biased, Err(SampleError::NothingAllowed));
+        // Where an answer must end, a ban on end tokens does not count.
+        let bans = Bans { always: vec![2], ..Bans::default() };
+        let mut s = Sampler::new(Sampling::default(), 0, 0, usize::MAX, bans);
+        assert_eq!(s.sample(&LOGITS, &[], &[], Gate::Only(&[2]), None).map(|s| s.id), Ok(2));
     }
 
     #[test]
@@ -369,15 +469,16 @@ mod tests {
         let row = [f32::NAN, f32::NEG_INFINITY, 1.0, f32::INFINITY];
         for temperature in [0.0, 1.0] {
             let mut s = sampler(|s| s.temperature = temperature);
-            assert_eq!(s.sample(&row, &[], &[], Some(4)).map(|s| s.id), Some(2));
-            assert_eq!(s.sample(&[f32::NAN; 3], &[], &[], None), None);
+            assert_eq!(s.sample(&row, &[], &[], Gate::Open, Some(4)).map(|s| s.id), Ok(2));
+            let broken = s.sample(&[f32::NAN; 3], &[], &[], Gate::Open, None);
+            assert_eq!(broken, Err(SampleError::NotFinite));
         }
     }
 
     #[test]
     fn logprobs_are_the_models_own() {
         let mut s = sampler(|s| (s.temperature, s.logit_bias) = (0.0, vec![(1, -100.0)]));
-        let sampled = s.sample(&LOGITS, &[], &[], Some(2)).expect("finite");
+        let sampled = s.sample(&LOGITS, &[], &[], Gate::Open, Some(2)).expect("finite");
         let p = softmax(&LOGITS, 1.0);
         assert_eq!(sampled.id, 2);
         assert!((f64::from(sampled.logprob) - p[2].ln()).abs() < 1e-6);
@@ -389,8 +490,10 @@ mod tests {
         let logits = vec![0.0; 1000];
         let draw = |seed, choice| {
             let sampling = Sampling { seed: Some(seed), ..Sampling::default() };
-            let mut s = Sampler::new(sampling, choice, 0, usize::MAX, Vec::new());
-            (0..10).map(|n| s.sample(&logits, &[], &vec![0; n], None).map(|s| s.id)).collect::<Vec<_>>()
+            let mut s = Sampler::new(sampling, choice, 0, usize::MAX, Bans::default());
+            (0..10)
+                .map(|n| s.sample(&logits, &[], &vec![0; n], Gate::Open, None).map(|s| s.id))
+                .collect::<Vec<_>>()
         };
         assert_eq!(draw(5, 0), draw(5, 0));
         assert_ne!(draw(5, 0), draw(5, 1));

@@ -1,205 +1,14 @@
-//! The engine over a model whose every logit depends on the whole history as the cache holds it: a wrong block table,
-//! a missed copy or a lost preemption changes the text.
+//! What a request gets from an engine, alone and among others.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::{
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-    time::{Duration, Instant},
+mod common;
+
+use std::time::Duration;
+
+use common::{
+    BROKEN, FAIL, PANIC, ask, assert_empty, expected, greedy, prompt, read, start, start_slow, submit, wait,
 };
-
-use oxseek_engine::{
-    Engine, EngineHandle, EngineOptions, Event, FinishReason, Request, Sampling, Stats, SubmitError, Ticket,
-    Usage,
-};
-use oxseek_model::{Batch, LanguageModel, LogitRows, ModelError, ModelLimits, kv::BLOCK_TOKENS};
-use oxseek_text::Tokenizer;
-
-const VOCAB: usize = 300;
-/// A token on which the fake model fails, one on which it panics, one on which its logits are NaN.
-const FAIL: u32 = 297;
-const PANIC: u32 = 298;
-const BROKEN: u32 = 299;
-
-struct Fake {
-    limits: ModelLimits,
-    cache: Vec<[u32; BLOCK_TOKENS]>,
-    step: Duration,
-    rows: Arc<AtomicU64>,
-}
-
-impl Fake {
-    fn new(cache_blocks: usize, step: Duration) -> Self {
-        let limits = ModelLimits {
-            vocab: VOCAB,
-            context_tokens_max: 1000,
-            cache_blocks,
-            step_rows_max: 64,
-            logit_rows_max: 8,
-        };
-        Self { limits, cache: vec![[0; BLOCK_TOKENS]; cache_blocks], step, rows: Arc::default() }
-    }
-
-    fn row(&self, blocks: &[u32], length: usize, out: &mut [f32]) {
-        let history = (0..length).map(|p| self.cache[blocks[p / BLOCK_TOKENS] as usize][p % BLOCK_TOKENS]);
-        let state = history
-            .fold(17u64, |h, t| h.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(u64::from(t) + 1));
-        for (i, logit) in out.iter_mut().enumerate() {
-            let x = (state ^ (i as u64).wrapping_mul(0x9E37_79B9)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-            *logit = (x >> 40) as f32 / (1 << 22) as f32;
-        }
-        // The special ones are never chosen.
-        out[FAIL as usize..].fill(-100.0);
-    }
-}
-
-impl LanguageModel for Fake {
-    fn limits(&self) -> ModelLimits {
-        self.limits
-    }
-
-    fn forward(&mut self, batch: &Batch, logits: &mut [f32]) -> Result<(), ModelError> {
-        assert!(
-            batch.tokens.len() <= self.limits.step_rows_max
-                && batch.logit_rows() <= self.limits.logit_rows_max
-        );
-        std::thread::sleep(self.step);
-        self.rows.fetch_add(batch.tokens.len() as u64, Relaxed);
-        if batch.tokens.contains(&FAIL) {
-            return Err(ModelError::Batch("asked to fail".into()));
-        }
-        assert!(!batch.tokens.contains(&PANIC), "asked to panic");
-        let mut rows = logits.chunks_exact_mut(VOCAB);
-        for s in &batch.sequences {
-            let blocks = &batch.blocks[s.blocks.clone()];
-            for (i, &token) in batch.tokens[s.tokens.clone()].iter().enumerate() {
-                let p = s.start + i;
-                self.cache[blocks[p / BLOCK_TOKENS] as usize][p % BLOCK_TOKENS] = token;
-            }
-            if s.logits == LogitRows::Last {
-                let out = rows.next().unwrap();
-                self.row(blocks, s.start + s.tokens.len(), out);
-                if batch.tokens[s.tokens.clone()].contains(&BROKEN) {
-                    out.fill(f32::NAN);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn copy_block(&mut self, from: u32, to: u32) -> Result<(), ModelError> {
-        self.cache[to as usize] = self.cache[from as usize];
-        Ok(())
-    }
-}
-
-fn tokenizer() -> Arc<Tokenizer> {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/oxseek-demo/tokenizer.json");
-    Arc::new(Tokenizer::from_bytes(&std::fs::read(file).unwrap(), None).unwrap())
-}
-
-fn start(cache_blocks: usize, change: impl FnOnce(&mut EngineOptions)) -> EngineHandle {
-    start_slow(cache_blocks, Duration::ZERO, change)
-}
-
-fn start_slow(cache_blocks: usize, step: Duration, change: impl FnOnce(&mut EngineOptions)) -> EngineHandle {
-    let mut options = EngineOptions { eos_tokens: vec![3], ..EngineOptions::default() };
-    change(&mut options);
-    Engine::start(Box::new(Fake::new(cache_blocks, step)), tokenizer(), options)
-}
-
-fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
-    Request {
-        prompt,
-        max_tokens: Some(max_tokens),
-        ignore_eos: true,
-        keep_special: true,
-        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
-        ..Request::default()
-    }
-}
-
-fn submit(engine: &EngineHandle, request: Request) -> Ticket {
-    engine.submit(request.validate(engine.limits()).unwrap_or_else(|e| panic!("{e}"))).unwrap()
-}
-
-/// Token ids and reasons of every choice, and the usage.
-#[derive(Debug, PartialEq)]
-struct Answer {
-    texts: Vec<String>,
-    ids: Vec<Vec<u32>>,
-    reasons: Vec<Option<FinishReason>>,
-    usage: Usage,
-}
-
-fn read(mut ticket: Ticket, n: usize) -> Result<Answer, String> {
-    let mut answer = Answer {
-        texts: vec![String::new(); n],
-        ids: vec![Vec::new(); n],
-        reasons: vec![None; n],
-        usage: Usage::default(),
-    };
-    while let Some(event) = ticket.next_blocking() {
-        match event {
-            Event::Delta { choice, text, tokens } => {
-                assert!(answer.reasons[choice].is_none(), "nothing follows the end");
-                answer.texts[choice] += &text;
-                answer.ids[choice].extend(tokens.iter().map(|t| t.id));
-            }
-            Event::Done { choice, reason } => answer.reasons[choice] = Some(reason),
-            Event::Finished { usage } => {
-                answer.usage = usage;
-                return Ok(answer);
-            }
-            Event::Failed { message } => return Err(message),
-        }
-    }
-    Err("ended without the last event".into())
-}
-
-fn ask(engine: &EngineHandle, request: Request) -> Result<Answer, String> {
-    let n = request.n;
-    read(submit(engine, request), n)
-}
-
-/// What the model says when it is asked directly, one token at a time.
-fn expected(prompt: &[u32], count: usize) -> Vec<u32> {
-    let mut fake = Fake::new(16, Duration::ZERO);
-    let mut tokens = prompt.to_vec();
-    let mut logits = vec![0.0; VOCAB];
-    for _ in 0..count {
-        for (p, &t) in tokens.iter().enumerate() {
-            fake.cache[p / BLOCK_TOKENS][p % BLOCK_TOKENS] = t;
-        }
-        let blocks: Vec<u32> = (0..16).collect();
-        fake.row(&blocks, tokens.len(), &mut logits);
-        logits[3] = f32::NEG_INFINITY;
-        let best = (0..VOCAB).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
-        tokens.push(best as u32);
-    }
-    tokens.split_off(prompt.len())
-}
-
-fn wait(engine: &EngineHandle, what: &str, until: impl Fn(&Stats) -> bool) {
-    let began = Instant::now();
-    while !until(&engine.stats()) {
-        assert!(began.elapsed() < Duration::from_secs(20), "{what}: {:?}", engine.stats());
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-fn assert_empty(engine: &EngineHandle) {
-    wait(engine, "everything is free", |s| {
-        s.blocks_used + s.sequences_running + s.sequences_waiting + s.requests_open == 0
-    });
-}
-
-fn prompt(seed: u32, length: usize) -> Vec<u32> {
-    (0..length as u32).map(|i| (seed * 31 + i * 7) % 290).collect()
-}
+use oxseek_engine::{Event, FinishReason, Matched, Request, Sampling, SubmitError};
 
 #[test]
 fn many_requests_at_once_answer_as_each_alone() {
@@ -396,5 +205,69 @@ fn logprobs_come_with_their_tokens() {
         assert_eq!(t.top.len(), 3);
         assert!(t.logprob <= 0.0 && t.top.is_sorted_by(|a, b| a.2 >= b.2));
         assert_eq!(t.bytes, engine.tokenizer().token_bytes(t.id));
+    }
+}
+
+#[test]
+fn min_tokens_keeps_every_end_away() {
+    let p = prompt(5, 10);
+    let ids = expected(&p, 60);
+    let end = ids[4];
+    let engine = start(100, |o| o.eos_tokens = vec![end]);
+    let text = engine.tokenizer().decode(&ids[2..4]);
+    for request in [
+        Request { ignore_eos: false, ..greedy(p.clone(), 60) },
+        Request { stop_tokens: vec![ids[3]], ..greedy(p.clone(), 60) },
+        Request { stop: vec![text.clone()], ..greedy(p.clone(), 60) },
+    ] {
+        let early = ask(&engine, request.clone()).unwrap();
+        assert!(early.usage.completion_tokens <= 5, "{}", early.usage.completion_tokens);
+        let late = ask(&engine, Request { min_tokens: 20, ..request }).unwrap();
+        assert!(late.usage.completion_tokens >= 20, "{}", late.usage.completion_tokens);
+    }
+}
+
+#[test]
+fn the_text_of_a_delta_is_that_of_its_tokens() {
+    let engine = start(100, |_| {});
+    let tokenizer = engine.tokenizer();
+    for seed in 0..6 {
+        let ids = expected(&prompt(seed, 10), 200);
+        let whole = tokenizer.decode(&ids);
+        let chars: Vec<char> = whole.chars().collect();
+        let stop: String = chars[chars.len() / 2..][..5].iter().collect();
+        for keep_special in [false, true] {
+            let base = Request { keep_special, ..greedy(prompt(seed, 10), 200) };
+            for request in [base.clone(), Request { stop: vec![stop.clone()], ..base }] {
+                let mut ticket = submit(&engine, request);
+                let (mut text, mut seen) = (String::new(), Vec::new());
+                let mut stopped = None;
+                while let Some(event) = ticket.next_blocking() {
+                    match event {
+                        Event::Delta { text: t, tokens, .. } => {
+                            let own: String = tokens.iter().map(|t| t.text.as_str()).collect();
+                            assert!(t.starts_with(&own) && (t == own || t[own.len()..].chars().count() == 1));
+                            for token in &tokens {
+                                let hidden = !keep_special && tokenizer.is_special(token.id);
+                                assert!(!hidden || token.text.is_empty(), "special tokens come as ids");
+                            }
+                            text += &t;
+                            seen.extend(tokens.iter().map(|t| t.id));
+                        }
+                        Event::Done { matched, .. } => stopped = matched,
+                        Event::Finished { .. } => {}
+                        other => panic!("{other:?}"),
+                    }
+                }
+                assert_eq!(seen, ids[..seen.len()]);
+                match stopped {
+                    None => assert_eq!(seen.len(), ids.len()),
+                    Some(matched) => assert_eq!(matched, Matched::Text(stop.clone())),
+                }
+                if keep_special {
+                    assert!(whole.starts_with(&text), "{text}");
+                }
+            }
+        }
     }
 }

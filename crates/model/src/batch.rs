@@ -126,4 +126,9 @@ pub trait LanguageModel: Send {
     /// # Errors
     /// [`ModelError`] when a block does not exist.
     fn copy_block(&mut self, from: u32, to: u32) -> Result<(), ModelError>;
+
+    /// The form in which block `block` of a sequence with a prompt of `prompt_tokens` tokens is computed; 0 for one
+    /// that lies behind the prompt. Two sequences whose tokens and forms are equal up to and including a block have the
+    /// same bits in it.
+    fn block_form(&self, block: usize, prompt_tokens: usize) -> u8;
 }

@@ -101,7 +101,11 @@ impl DeepSeek {
         let rope = b.load_rope(&frequencies, magnitude)?;
         let mut l = Loader { checkpoint, backend: b };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embed = l.matrix("model.embed_tokens.weight", vocab, hidden)?;
+        let embed = l.host_matrix("model.embed_tokens.weight", vocab, hidden)?;
+        let embed = match config.tie_word_embeddings {
+            true => l.backend().load_matrix(embed)?,
+            false => l.backend().load_table(embed)?,
+        };
         let (main, extra) = (config.num_hidden_layers, config.num_nextn_predict_layers);
         let mut layers = Vec::with_capacity(main);
         for i in 0..main {
@@ -327,5 +331,9 @@ impl LanguageModel for DeepSeek {
 
     fn copy_block(&mut self, from: u32, to: u32) -> Result<(), ModelError> {
         Ok(self.backend.copy_block(self.cache, from, to)?)
+    }
+
+    fn block_form(&self, block: usize, prompt_tokens: usize) -> u8 {
+        segments::expanded_rows(&self.shape, block, prompt_tokens)
     }
 }

@@ -6,7 +6,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 use oxseek_backend_cpu::{Level, Precision};
 use oxseek_tensor::{CacheFormat, DType};
 
-use crate::{formats, quantize::Target};
+use crate::{formats, key::KeyArgs, quantize::Target, serve::entry::EntryArgs};
 
 /// Runs and serves models of the DeepSeek family.
 ///
@@ -27,6 +27,8 @@ pub enum Command {
     Chat(ChatArgs),
     /// Serve the OpenAI-compatible API and the chat page
     Serve(ServeArgs),
+    /// Make, list and revoke the API keys of a key file
+    Key(KeyArgs),
     /// Show a checkpoint's architecture, parameters and bytes
     Inspect(InspectArgs),
     /// Tell before loading what a model needs, whether that fits, and how fast it will be
@@ -208,7 +210,7 @@ pub struct ChatArgs {
 /// `oxseek serve`
 #[derive(Debug, ClapArgs)]
 pub struct ServeArgs {
-    /// Address to listen on; anything but loopback is open to whoever can reach it
+    /// Address to listen on; anything but loopback needs a key or --allow-no-key
     #[arg(long, env = "OXSEEK_HOST", default_value = "127.0.0.1")]
     pub host: IpAddr,
     /// Port to listen on; 0 takes a free one and prints it
@@ -220,6 +222,8 @@ pub struct ServeArgs {
     /// Requests that may wait; more are refused with 429
     #[arg(long, env = "OXSEEK_QUEUE", default_value_t = 256)]
     pub queue: usize,
+    #[command(flatten)]
+    pub entry: EntryArgs,
     #[command(flatten)]
     pub model: ModelArgs,
 }
@@ -277,9 +281,16 @@ pub struct BenchArgs {
     #[arg(short, long, default_value = "0", value_delimiter = ',')]
     #[arg(value_parser = clap::value_parser!(u32).range(0..=1_048_576))]
     pub depth: Vec<u32>,
+    /// Most rows of one step of a prompt
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u16).range(1..=16384))]
+    pub step_rows: u16,
     /// Show where the time went, op by op
     #[arg(long)]
     pub profile: bool,
+    /// Take the model out of the system's file cache first, so that the start reads it from disk, and
+    /// measure how fast the disk is
+    #[arg(long)]
+    pub cold: bool,
     /// Measure only what this machine can do, reading and multiplying; no model is loaded
     #[arg(long)]
     pub limit: bool,

@@ -1,5 +1,6 @@
 //! `oxseek bench`: how fast the model starts, prefills and decodes, and how near it comes to what the machine can do.
 
+mod cold;
 mod gpu;
 mod report;
 mod test;
@@ -11,8 +12,9 @@ use oxseek_model::{DeepSeek, Footprint, LoadOptions, kv::blocks_for};
 use oxseek_tensor::CacheFormat;
 
 use self::{
+    cold::Cold,
     report::{Machine, Report, Start},
-    test::{Context, STEP_ROWS_MAX, Test},
+    test::{Context, Test},
 };
 use crate::{
     args::{BenchArgs, DeviceArg},
@@ -38,6 +40,9 @@ pub fn bench(args: &BenchArgs, started: Instant) -> Result<(), Failure> {
         return report.limits(&Machine::of(&backend), &limits);
     }
     let sizes = Sizes::of(args)?;
+    let cold = args.cold.then(|| make_cold(args)).transpose()?;
+    // What came before was no part of a start.
+    let started = if cold.is_some() { Instant::now() } else { started };
     let (name, checkpoint) = open_checkpoint(args.model.model.as_deref())?;
     let footprint = Footprint::of(&checkpoint, args.model.cache_format());
     let most = checkpoint.config().max_position_embeddings;
@@ -50,7 +55,7 @@ pub fn bench(args: &BenchArgs, started: Instant) -> Result<(), Failure> {
     let mut model = DeepSeek::load(&checkpoint, Box::new(backend), sizes.options(), &mut |_, _| {})
         .map_err(|e| Failure::Model(e.to_string()))?;
     let load = started.elapsed();
-    let mut context = Context::new(&model, sizes.batch, sizes.tokens);
+    let mut context = Context::new(&model, sizes.batch, sizes.tokens, sizes.step_rows);
     let first_token = context.prompt(&mut model, START_TOKENS)?;
     let first_token_at = started.elapsed();
     let since = Instant::now();
@@ -58,7 +63,7 @@ pub fn bench(args: &BenchArgs, started: Instant) -> Result<(), Failure> {
     let packing = since.elapsed();
     let probe = probe(level, threads)?;
     let mut limits = probe.measure();
-    let start = Start { load, prompt: START_TOKENS, first_token, first_token_at, packing };
+    let start = Start { load, prompt: START_TOKENS, first_token, first_token_at, packing, cold };
     report.begin(&name, &machine, &footprint, &start, &limits)?;
     for &depth in &sizes.depths {
         context.fill(&mut model, depth)?;
@@ -69,6 +74,13 @@ pub fn bench(args: &BenchArgs, started: Instant) -> Result<(), Failure> {
         }
     }
     report.end()
+}
+
+fn make_cold(args: &BenchArgs) -> Result<Cold, Failure> {
+    let Some(path) = &args.model.model else {
+        return Err(Failure::Usage("--cold needs --model: the built-in model is part of the program".into()));
+    };
+    Cold::prepare(path, cpu_backend(&args.model)?.threads())
 }
 
 fn probe(level: oxseek_backend_cpu::Level, threads: usize) -> Result<LimitProbe, Failure> {
@@ -82,6 +94,8 @@ struct Sizes {
     batch: usize,
     /// Longest sequence.
     tokens: usize,
+    /// Most rows of a step of a prompt.
+    step_rows: usize,
     cache_format: CacheFormat,
 }
 
@@ -98,6 +112,7 @@ impl Sizes {
             batch: args.batch.iter().copied().max().map_or(1, usize::from),
             tokens: START_TOKENS.max(deepest + args.prompt.max(args.generate) as usize) + 1,
             depths,
+            step_rows: args.step_rows.into(),
             cache_format: args.model.cache_format(),
         })
     }
@@ -106,7 +121,7 @@ impl Sizes {
         LoadOptions {
             context_tokens_max: self.tokens,
             cache_blocks: self.batch * blocks_for(self.tokens),
-            step_rows_max: STEP_ROWS_MAX.max(self.batch),
+            step_rows_max: self.step_rows.max(self.batch),
             logit_rows_max: self.batch,
             cache_format: self.cache_format,
         }

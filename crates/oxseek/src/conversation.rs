@@ -53,7 +53,7 @@ pub fn submit(opened: &Opened, prompt: Vec<u32>, args: &SamplingArgs) -> Result<
         .validate(opened.engine.limits())
         .map_err(|e| Failure::Usage(format!("{}: {}", e.field, e.message)))?;
     opened.engine.submit(valid).map_err(|e| match e {
-        SubmitError::Busy => Failure::Run("the engine is busy".into()),
+        SubmitError::Busy | SubmitError::TenantBusy => Failure::Run("the engine is busy".into()),
         SubmitError::Stopped => Failure::Run("the engine has stopped".into()),
     })
 }
@@ -75,7 +75,7 @@ pub async fn stream(mut ticket: Ticket, thinking: bool) -> Result<(String, Optio
             }
             Some(Event::Finished { usage: u, .. }) => usage = Some(u),
             Some(Event::Failed { message }) => return Err(Failure::Run(message)),
-            Some(Event::Done { .. }) => {}
+            Some(Event::Done { .. } | Event::Progress { .. } | Event::PromptLogprobs { .. }) => {}
             None => break,
         }
     }

@@ -27,7 +27,7 @@ static FILES: &[(&str, &[u8])] = embedded![
 
 /// Golden greedy text of the demo model, for `oxseek selftest`.
 pub static GOLDEN: &[u8] =
-    include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../goldens/oxseek-demo.safetensors"));
+    include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../goldens/oxseek-demo.safetensors.gz"));
 
 /// The demo model's files, straight out of the binary.
 pub fn files() -> Vec<(String, ByteRegion)> {

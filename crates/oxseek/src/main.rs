@@ -13,8 +13,10 @@ mod failure;
 mod format_table;
 mod formats;
 mod inspect;
+mod key;
 mod memory;
 mod open;
+mod pieces;
 mod plan;
 mod progress;
 mod quantize;
@@ -25,26 +27,27 @@ mod synth;
 mod terminal;
 mod wording;
 
-use std::{process::ExitCode, time::Instant};
+use std::{ffi::OsString, process::ExitCode, time::Instant};
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 
 use args::{Args, Command};
 use failure::Failure;
 
 fn main() -> ExitCode {
     let started = Instant::now();
-    let result = match Args::parse().command {
+    let result = arguments().and_then(|args| match args.command {
         Command::Run(a) => run::run(&a),
         Command::Chat(a) => chat::chat(&a),
         Command::Serve(a) => serve::serve(a),
+        Command::Key(a) => key::key(a),
         Command::Inspect(a) => inspect::inspect(&a),
         Command::Plan(a) => plan::plan(&a),
         Command::Bench(a) => bench::bench(&a, started),
         Command::Quantize(a) => quantize::quantize(&a),
         Command::Synth(a) => synth::synth(&a),
         Command::Selftest(a) => selftest::selftest(&a),
-    };
+    });
     match result {
         // A reader that left (`oxseek run ... | head -1`) is no error of ours.
         Ok(()) | Err(Failure::OutputClosed) => ExitCode::SUCCESS,
@@ -53,4 +56,12 @@ fn main() -> ExitCode {
             failure.exit_code()
         }
     }
+}
+
+/// The command line, the environment and the configuration file.
+fn arguments() -> Result<Args, Failure> {
+    let given: Vec<OsString> = std::env::args_os().collect();
+    let command = serve::config::with_config(Args::command(), &given)?;
+    let mut matches = command.get_matches_from(given);
+    Ok(Args::from_arg_matches_mut(&mut matches).unwrap_or_else(|e| e.exit()))
 }

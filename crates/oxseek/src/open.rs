@@ -22,6 +22,8 @@ use crate::{
 pub const CONTEXT_TOKENS_DEFAULT: usize = 4096;
 /// Rows of one step: the most prompt tokens that are computed between two tokens of the other sequences.
 const STEP_ROWS_MAX: usize = 512;
+/// Rows of one step that prompts may be scored with (`prompt_logprobs`), beside one per request.
+const SCORE_ROWS_MAX: usize = 32;
 
 /// A model that is ready to be asked.
 pub struct Opened {
@@ -104,7 +106,7 @@ pub fn load_options(context: usize, parallel: usize, cache_format: CacheFormat) 
         context_tokens_max: context,
         cache_blocks: parallel * blocks_for(context),
         step_rows_max: STEP_ROWS_MAX.max(parallel),
-        logit_rows_max: parallel,
+        logit_rows_max: parallel + SCORE_ROWS_MAX,
         cache_format,
     }
 }
@@ -136,16 +138,17 @@ pub fn start_engine(
     parallel: usize,
     queue: usize,
 ) -> Result<Opened, Failure> {
-    let broken = |e: &dyn std::fmt::Display| Failure::Model(e.to_string());
-    let Wording { tokenizer, template, sampling } = Wording::of(checkpoint)?;
-    let c = checkpoint.config();
     let context = context_tokens(args, checkpoint)?;
     let options = load_options(context, parallel, args.cache_format());
-    let backend = chosen_backend(args, checkpoint, &options)?;
-    let bar = LoadBar::new();
-    let model = DeepSeek::load(checkpoint, backend, options, &mut |done, of| bar.show(done, of))
-        .map_err(|e| broken(&e))?;
-    bar.finish();
+    // Reading the vocabulary takes about as long as loading the weights, so a thread of its own does it.
+    let (wording, model) = std::thread::scope(|scope| {
+        let wording = scope.spawn(|| Wording::of(checkpoint));
+        let model = load_model(checkpoint, args, options);
+        let died = || Failure::Run("reading the vocabulary failed".into());
+        (wording.join().unwrap_or_else(|_| Err(died())), model)
+    });
+    let Wording { tokenizer, template, sampling } = wording?;
+    let (model, c) = (model?, checkpoint.config());
     let text_of = |id: Option<u32>| id.map(|id| tokenizer.decode(&[id])).unwrap_or_default();
     let bos = text_of(c.bos_token_id.or(tokenizer.bos_id()));
     let eos = text_of(c.eos_token_ids.first().copied().or(tokenizer.eos_id()));
@@ -166,6 +169,15 @@ pub fn start_engine(
         eos,
         sampling,
     })
+}
+
+fn load_model(checkpoint: &Checkpoint, args: &ModelArgs, options: LoadOptions) -> Result<DeepSeek, Failure> {
+    let backend = chosen_backend(args, checkpoint, &options)?;
+    let bar = LoadBar::new();
+    let model = DeepSeek::load(checkpoint, backend, options, &mut |done, of| bar.show(done, of))
+        .map_err(|e| Failure::Model(e.to_string()))?;
+    bar.finish();
+    Ok(model)
 }
 
 /// A progress bar that appears only when loading takes long enough to wonder.

@@ -6,7 +6,6 @@ mod scheme;
 
 use std::{
     fs::{self, File},
-    io::BufWriter,
     num::NonZero,
     ops::Range,
     panic::resume_unwind,
@@ -29,7 +28,8 @@ use oxseek_weights::{
 use self::input::Input;
 pub use self::scheme::{Scheme, Target};
 use crate::{
-    args::QuantizeArgs, failure::Failure, inspect::size, open::open_checkpoint, progress::bytes_bar,
+    args::QuantizeArgs, failure::Failure, inspect::size, open::open_checkpoint, pieces::Pieces,
+    progress::bytes_bar,
 };
 
 /// Values that a thread decodes at a time: memory stays bounded whatever the size of the model.
@@ -99,7 +99,7 @@ pub fn write(
     let bar = bytes_bar("quantizing", total);
     // Under another name until it is whole: half a model must not pass for one.
     let part = out.with_extension("gguf.part");
-    let file = BufWriter::with_capacity(1 << 20, File::create(&part)?);
+    let file = Pieces::new(File::create(&part)?);
     let written = stream(writer.begin(file)?, &jobs, threads, &bar);
     bar.finish_and_clear();
     if let Err(e) = written {

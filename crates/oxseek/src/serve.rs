@@ -1,11 +1,16 @@
 //! `oxseek serve`: the HTTP server, up at once and ready when the model is.
 
+pub mod config;
+pub mod entry;
+mod systemd;
+
 use std::net::SocketAddr;
 
-use oxseek_server::{AppState, Model};
+use oxseek_server::{AppState, Dialect, Model};
 use tokio::net::TcpListener;
 
 use crate::{args::ServeArgs, failure::Failure, open::open_engine};
+use entry::EntryArgs;
 
 /// Serves until Ctrl-C or SIGTERM, then lets running answers end.
 pub fn serve(args: ServeArgs) -> Result<(), Failure> {
@@ -14,13 +19,17 @@ pub fn serve(args: ServeArgs) -> Result<(), Failure> {
 }
 
 async fn listen(args: ServeArgs) -> Result<(), Failure> {
+    let options = args.entry.options(args.host)?;
+    let scheme = if options.tls.is_some() { "https" } else { "http" };
     let address = SocketAddr::new(args.host, args.port);
     let listener = TcpListener::bind(address)
         .await
         .map_err(|e| Failure::Run(format!("cannot listen on {address}: {e}; try another --port")))?;
     let local = listener.local_addr()?;
-    eprintln!("oxseek: listening on http://{local}");
-    let state = AppState::loading();
+    eprintln!("oxseek: listening on {scheme}://{local}");
+    let state = AppState::new(options);
+    tokio::spawn(reread_keys(state.clone(), args.entry.clone()));
+    tokio::spawn(feed_watchdog(state.clone()));
     let loading = tokio::task::spawn_blocking({
         let state = state.clone();
         move || {
@@ -29,12 +38,14 @@ async fn listen(args: ServeArgs) -> Result<(), Failure> {
             let engine = opened.engine.clone();
             state.ready(Model {
                 name: opened.name,
+                dialect: Dialect::new(opened.template.as_ref(), opened.engine.tokenizer()),
                 engine: opened.engine,
                 template: opened.template,
                 bos: opened.bos,
                 eos: opened.eos,
                 sampling: opened.sampling,
             });
+            systemd::notify("READY=1");
             Ok::<_, Failure>(engine)
         }
     });
@@ -42,6 +53,7 @@ async fn listen(args: ServeArgs) -> Result<(), Failure> {
     let server = tokio::spawn(oxseek_server::serve(listener, state, async move {
         tokio::select! {
             () = interrupted() => {
+                systemd::notify("STOPPING=1");
                 eprintln!("oxseek: stopping; running answers may end, Ctrl-C again stops at once");
                 tokio::spawn(async {
                     interrupted().await;
@@ -57,7 +69,10 @@ async fn listen(args: ServeArgs) -> Result<(), Failure> {
         let _ = give_up.send(());
     })?;
     let result = server.await.map_err(|e| Failure::Run(e.to_string()))?;
-    engine.shutdown();
+    if engine.stats().requests_open == 0 {
+        engine.shutdown();
+    }
+    // Answers that took longer than they may end with the process.
     result.map_err(Failure::from)
 }
 
@@ -75,4 +90,35 @@ async fn interrupted() {
         }
     }
     let _ = tokio::signal::ctrl_c().await;
+}
+
+/// Reads the key file again on every SIGHUP. A file that is wrong changes nothing.
+async fn reread_keys(state: AppState, args: EntryArgs) {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
+        while hangup.recv().await.is_some() {
+            match args.key_records() {
+                Ok(records) => {
+                    eprintln!("oxseek: {} keys", records.len());
+                    state.set_keys(records);
+                }
+                Err(e) => eprintln!("oxseek: the keys stay as they were: {e}"),
+            }
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = (state, args);
+}
+
+/// Tells systemd's watchdog that the process is well, as long as it is.
+async fn feed_watchdog(state: AppState) {
+    let Some(interval) = systemd::watchdog_interval() else { return };
+    loop {
+        if state.is_live() {
+            systemd::notify("WATCHDOG=1");
+        }
+        tokio::time::sleep(interval).await;
+    }
 }

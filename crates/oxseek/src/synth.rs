@@ -8,7 +8,7 @@ mod vocabulary;
 use std::{
     collections::HashMap,
     fs::{self, File},
-    io::{self, BufWriter},
+    io,
     num::NonZero,
     path::Path,
     sync::Arc,
@@ -33,6 +33,7 @@ use crate::{
     failure::Failure,
     formats::{FILE_TYPE_KEY, QUANTIZATION_VERSION, QUANTIZATION_VERSION_KEY, file_type, fitting, label},
     inspect::{count, size},
+    pieces::Pieces,
     progress::bytes_bar,
 };
 
@@ -126,7 +127,7 @@ impl Synth {
         self.expect(total);
         // Under another name until it is whole: half a model must not pass for one.
         let part = out.with_extension("gguf.part");
-        let mut body = writer.begin(BufWriter::with_capacity(1 << 20, File::create(&part)?))?;
+        let mut body = writer.begin(Pieces::new(File::create(&part)?))?;
         for r in &recipes {
             self.fill(&r.slot.name, r, r.bytes(), &mut |bytes| body.write(bytes))?;
         }

@@ -105,7 +105,7 @@ impl fmt::Display for Figures {
 /// [`Error`] when the check itself cannot be made.
 pub fn check(folder: &Path, make: &mut MakeBackend<'_>) -> Result<Figures, Error> {
     let checkpoint = open_checkpoint(folder)?;
-    let golden = Golden::open(&folder.join("golden.safetensors"))?;
+    let golden = Golden::open(&folder.join("golden.safetensors.gz"))?;
     let options = LoadOptions {
         context_tokens_max: 512,
         cache_blocks: 16,

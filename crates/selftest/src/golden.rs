@@ -8,6 +8,9 @@ use oxseek_weights::{Checkpoint, SafeTensors};
 
 use crate::Error;
 
+/// How a gzip file begins (RFC 1952, 2.3.1).
+const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
+
 /// The answers of one golden file.
 pub struct Golden(SafeTensors);
 
@@ -20,11 +23,14 @@ impl Golden {
         Self::from_bytes(&path.display().to_string(), ByteRegion::from_vec(read(path)?))
     }
 
-    /// Takes the bytes of a golden file called `name`.
+    /// Takes the bytes of a golden file called `name`, compressed or not.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`]
+    /// [`Error::Io`] or [`Error::Checkpoint`]
     pub fn from_bytes(name: &str, bytes: ByteRegion) -> Result<Self, Error> {
+        let is_packed = bytes.bytes().starts_with(&GZIP_MAGIC);
+        let bytes =
+            if is_packed { ByteRegion::from_vec(unpack(Path::new(name), bytes.bytes())?) } else { bytes };
         Ok(Self(SafeTensors::read(name, bytes)?))
     }
 
@@ -72,7 +78,8 @@ pub fn open_checkpoint(folder: &Path) -> Result<Checkpoint, Error> {
     if !packed.exists() {
         return Ok(Checkpoint::open(folder)?);
     }
-    let mut files = vec![("model.safetensors".to_string(), ByteRegion::from_vec(unpack(&packed)?))];
+    let mut files =
+        vec![("model.safetensors".to_string(), ByteRegion::from_vec(unpack(&packed, &read(&packed)?)?))];
     for name in ["config.json", "generation_config.json"] {
         let path = folder.join(name);
         if path.exists() {
@@ -86,9 +93,9 @@ fn read(path: &Path) -> Result<Vec<u8>, Error> {
     fs::read(path).map_err(|source| Error::Io { path: path.into(), source })
 }
 
-fn unpack(path: &Path) -> Result<Vec<u8>, Error> {
+fn unpack(path: &Path, packed: &[u8]) -> Result<Vec<u8>, Error> {
     let mut bytes = Vec::new();
-    GzDecoder::new(&read(path)?[..])
+    GzDecoder::new(packed)
         .read_to_end(&mut bytes)
         .map_err(|source| Error::Io { path: path.into(), source })?;
     Ok(bytes)

@@ -28,7 +28,7 @@ fn check_fixtures(make: &mut MakeBackend<'_>) {
 
 fn check_demo(make: &mut MakeBackend<'_>) {
     let checkpoint = Checkpoint::open(&root().join("models/oxseek-demo")).unwrap();
-    let golden = Golden::open(&root().join("goldens/oxseek-demo.safetensors")).unwrap();
+    let golden = Golden::open(&root().join("goldens/oxseek-demo.safetensors.gz")).unwrap();
     for figures in demo::check(&checkpoint, &golden, make).unwrap() {
         assert!(figures.passed(), "{figures}");
     }
@@ -44,7 +44,7 @@ fn fixtures_at_every_level() {
 #[test]
 fn native_precision_stays_close_at_every_level() {
     let checkpoint = Checkpoint::open(&root().join("models/oxseek-demo")).unwrap();
-    let golden = Golden::open(&root().join("goldens/oxseek-demo.safetensors")).unwrap();
+    let golden = Golden::open(&root().join("goldens/oxseek-demo.safetensors.gz")).unwrap();
     for level in Level::available() {
         let mut native = || {
             let options = CpuOptions { threads: Some(2), level: Some(level), precision: Precision::Native };

@@ -8,6 +8,8 @@ use axum::{
 use oxseek_engine::{RequestError, SubmitError};
 use serde_json::{Value, json};
 
+use crate::quota::{Exceeded, Limit};
+
 /// An error that a client gets. Its message never quotes a prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct ApiError {
@@ -16,12 +18,13 @@ pub(crate) struct ApiError {
     code: Option<&'static str>,
     param: Option<String>,
     message: String,
-    retry_after: bool,
+    /// Seconds.
+    retry_after: Option<u64>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self { status, kind, code: None, param: None, message: message.into(), retry_after: false }
+        Self { status, kind, code: None, param: None, message: message.into(), retry_after: None }
     }
 
     /// A field that is wrong.
@@ -71,8 +74,7 @@ impl ApiError {
     }
 
     pub(crate) fn no_such_route() -> Self {
-        let message =
-            "no such path; there are /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics";
+        let message = "no such path; GET /openapi.json lists all";
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
     }
 
@@ -80,13 +82,106 @@ impl ApiError {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", "this path has no such method")
     }
 
+    pub(crate) fn response_not_found(id: &str) -> Self {
+        let short: String = id.chars().take(100).collect();
+        let message = format!("response {short:?} is not stored here, or not any more");
+        let e = Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message);
+        Self { code: Some("response_not_found"), param: Some("response_id".into()), ..e }
+    }
+
+    pub(crate) fn previous_response_not_found(id: &str) -> Self {
+        let short: String = id.chars().take(100).collect();
+        let e =
+            Self::invalid("previous_response_id", format!("{short:?} is not stored here, or not any more"));
+        Self { code: Some("previous_response_not_found"), ..e }
+    }
+
+    /// A path that speaks WebSocket only.
+    pub(crate) fn upgrade_required() -> Self {
+        let message = "this path is a WebSocket: connect with ws:// or wss://";
+        Self::new(StatusCode::UPGRADE_REQUIRED, "invalid_request_error", message)
+    }
+
+    /// A page of another site.
+    pub(crate) fn foreign_origin() -> Self {
+        let message = "the header origin names another site than this server";
+        Self::new(StatusCode::FORBIDDEN, "permission_error", message)
+    }
+
+    pub(crate) fn too_many_sockets() -> Self {
+        let e = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "too many WebSockets are open");
+        Self { code: Some("too_many_connections"), retry_after: Some(1), ..e }
+    }
+
     pub(crate) fn loading() -> Self {
         let e = Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "the model is loading");
-        Self { retry_after: true, ..e }
+        Self { retry_after: Some(1), ..e }
     }
 
     pub(crate) fn stopped() -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "the engine has stopped")
+    }
+
+    /// A step takes longer than it ever should.
+    pub(crate) fn stuck() -> Self {
+        let message = "the engine is stuck in a step";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", message)
+    }
+
+    pub(crate) fn draining() -> Self {
+        let message = "the server is stopping and takes no more requests";
+        let e = Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", message);
+        Self { code: Some("draining"), retry_after: Some(1), ..e }
+    }
+
+    /// No API key, or an unknown one. The message never quotes what was presented.
+    pub(crate) fn no_key() -> Self {
+        let message = "a valid API key is needed: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`";
+        let e = Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", message);
+        Self { code: Some("invalid_api_key"), ..e }
+    }
+
+    /// A key that is for something else.
+    pub(crate) fn wrong_role() -> Self {
+        let message = "this API key is not for this path: models need a user's key, metrics an admin's";
+        let e = Self::new(StatusCode::FORBIDDEN, "invalid_request_error", message);
+        Self { code: Some("wrong_key"), ..e }
+    }
+
+    /// A browser sent this for a page or a name that is not ours.
+    pub(crate) fn foreign() -> Self {
+        let message = "a server without keys answers local names and its own pages only; allow others with \
+                       --allowed-host and --cors-origin, or set a key";
+        let e = Self::new(StatusCode::FORBIDDEN, "invalid_request_error", message);
+        Self { code: Some("foreign_origin"), ..e }
+    }
+
+    pub(crate) fn path_too_long(bytes_max: usize) -> Self {
+        let message = format!("the path is longer than {bytes_max} bytes");
+        Self::new(StatusCode::URI_TOO_LONG, "invalid_request_error", message)
+    }
+
+    /// A limit of the key.
+    pub(crate) fn limit_reached(e: &Exceeded) -> Self {
+        let Exceeded { limit, allowed, asked, retry_after } = *e;
+        let tokens = matches!(limit, Limit::TokensPerMinute | Limit::TokensPerDay);
+        let message = if retry_after.is_none() {
+            format!(
+                "this key's limit is {allowed} {limit}, and the request may take {asked} tokens, prompt and \
+                 answer together: lower max_tokens"
+            )
+        } else if tokens {
+            format!(
+                "this key's limit of {allowed} {limit} has no room for the {asked} tokens that the request \
+                 may take now"
+            )
+        } else {
+            format!("this key's limit of {allowed} {limit} is reached")
+        };
+        let e = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message);
+        let code = if limit == Limit::TokensPerDay { "insufficient_quota" } else { "rate_limit_exceeded" };
+        let seconds = |d: std::time::Duration| d.as_secs() + u64::from(d.subsec_nanos() > 0);
+        Self { code: Some(code), retry_after: retry_after.map(seconds), ..e }
     }
 
     pub(crate) fn internal() -> Self {
@@ -118,9 +213,9 @@ impl From<RequestError> for ApiError {
 impl From<SubmitError> for ApiError {
     fn from(e: SubmitError) -> Self {
         match e {
-            SubmitError::Busy => {
+            SubmitError::Busy | SubmitError::TenantBusy => {
                 let e = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", e.to_string());
-                Self { code: Some("queue_full"), retry_after: true, ..e }
+                Self { code: Some("queue_full"), retry_after: Some(1), ..e }
             }
             SubmitError::Stopped => Self::stopped(),
         }
@@ -136,8 +231,12 @@ impl From<oxseek_text::Error> for ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.to_json())).into_response();
-        if self.retry_after {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        let headers = response.headers_mut();
+        if let Some(seconds) = self.retry_after {
+            headers.insert(header::RETRY_AFTER, seconds.into());
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }

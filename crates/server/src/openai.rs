@@ -1,9 +1,16 @@
 //! OpenAI's API: from JSON to engine requests and back.
 
 mod answer;
-mod body;
+pub(crate) mod body;
+pub(crate) mod capabilities;
 pub(crate) mod chat;
 pub(crate) mod completions;
-mod fields;
+pub(crate) mod constraint;
+mod depth;
+pub(crate) mod fields;
+mod formats;
+pub(crate) mod messages;
 pub(crate) mod models;
-mod parameters;
+pub(crate) mod parameters;
+mod thinking;
+pub(crate) mod tools;

@@ -6,9 +6,11 @@ mod common;
 use std::{
     io::{Read, Write},
     net::TcpStream,
+    time::Duration,
 };
 
 use common::{Server, post_bytes, wait_until};
+use oxseek_server::ServerOptions;
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -91,6 +93,27 @@ fn a_stream_is_framed_as_openai_frames_it() {
 }
 
 #[test]
+fn a_long_prompt_tells_how_far_it_is_where_asked() {
+    let (server, _engine) = Server::ready(2, 2);
+    let ask = |progress: bool| {
+        let body = json!({
+            "messages": [{"role": "user", "content": "cat ".repeat(300)}], "max_tokens": 1, "stream": true,
+            "stream_options": {"include_usage": true}, "return_progress": progress,
+        });
+        events(&server.post(CHAT, body.to_string().as_bytes()).body)
+    };
+    let events = ask(true);
+    let read: Vec<&Value> = events.iter().map(|e| &e["prompt_progress"]).filter(|p| !p.is_null()).collect();
+    let total = events.last().unwrap()["usage"]["prompt_tokens"].as_u64().unwrap();
+    let done: Vec<u64> = read.iter().map(|p| p["processed"].as_u64().unwrap()).collect();
+    assert!(done.len() > 2 && done.is_sorted() && done.iter().all(|d| *d < total), "{done:?} of {total}");
+    assert!(read.iter().all(|p| p["total"] == total && p["cache"] == 0), "{read:?}");
+    assert!(ask(false).iter().all(|e| e["prompt_progress"].is_null()));
+    let whole = json!({"messages": [{"role": "user", "content": "Hi"}], "return_progress": true});
+    assert_eq!(server.post(CHAT, whole.to_string().as_bytes()).status, 400);
+}
+
+#[test]
 fn streams_side_by_side_are_what_each_is_alone() {
     let (server, engine) = Server::ready(8, 0);
     let about =
@@ -163,9 +186,71 @@ fn a_server_that_stops_lets_answers_end() {
     stream.write_all(&story("a cat", 200, true)).unwrap();
     read_first_text(&mut stream);
     server.begin_stop();
-    wait_until("the closed door", || TcpStream::connect(server.address).is_err());
+    // Until the last answer has ended, the door says why it is closed.
+    wait_until("the closed door", || server.get("/health/ready").status != 200);
+    for path in ["/health", "/health/ready", "/v1/models"] {
+        let answer = server.get(path);
+        assert_eq!(answer.status, 503, "{answer:?}");
+        assert!(answer.head.contains("retry-after: ") && answer.body.contains("stopping"), "{answer:?}");
+    }
+    assert_eq!(server.get("/health/live").status, 200);
+    assert_eq!(server.raw(&story("a dog", 1, false)).status, 503);
     let mut rest = String::new();
     stream.read_to_string(&mut rest).unwrap();
     assert!(rest.contains("data: [DONE]"), "{rest}");
     wait_until("the end of the request", || engine.stats().finished == 1);
+    wait_until("the end of the server", || TcpStream::connect(server.address).is_err());
+    server.ended().unwrap();
+}
+
+#[test]
+fn an_answer_that_takes_too_long_does_not_hold_the_server() {
+    let mut server = Server::with(ServerOptions { drain_max: Duration::ZERO, ..ServerOptions::default() });
+    server.load(1, 1);
+    let mut stream = server.connect();
+    stream.write_all(&story("a cat", 400, true)).unwrap();
+    read_first_text(&mut stream);
+    server.begin_stop();
+    server.ended().unwrap();
+    assert!(TcpStream::connect(server.address).is_err());
+}
+
+#[test]
+fn heads_that_never_end_are_cut() {
+    let server = Server::with(ServerOptions {
+        head_max: Duration::from_millis(100),
+        connections_max: 3,
+        ..ServerOptions::default()
+    });
+    server.load(1, 1);
+    // As many as there are places: nobody else comes in until they are cut.
+    let mut half: Vec<TcpStream> = (0..3).map(|_| server.connect()).collect();
+    for stream in &mut half {
+        stream.write_all(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx: ").unwrap();
+    }
+    assert_eq!(server.get("/health").status, 200);
+    for mut stream in half {
+        let mut answer = String::new();
+        // Whether the end comes with a reset is the kernel's business.
+        let _ = stream.read_to_string(&mut answer);
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 408"), "{answer}");
+    }
+}
+
+#[test]
+fn readers_that_never_read_are_cut() {
+    let server = Server::with(ServerOptions {
+        write_max: Duration::from_millis(100),
+        connections_max: 2,
+        ..ServerOptions::default()
+    });
+    server.load(1, 1);
+    // Pages that nobody reads fill every buffer on the way; then writing stands still.
+    let mut stream = server.connect();
+    let _ = stream.write_all(&b"GET / HTTP/1.1\r\nhost: x\r\n\r\n".repeat(2000));
+    wait_until("the cut", || server.metric("oxseek_connections ", "") == 1.0);
+    let mut pages = Vec::new();
+    let _ = stream.read_to_end(&mut pages);
+    let answers = String::from_utf8_lossy(&pages).matches("HTTP/1.1 200").count();
+    assert!((1..2000).contains(&answers), "{answers}");
 }

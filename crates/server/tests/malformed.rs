@@ -11,7 +11,7 @@ const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
 
 /// Fields added to a good chat request, and the field that the error must name.
-const CHAT_FIELDS: [(&str, &str); 62] = [
+const CHAT_FIELDS: [(&str, &str); 92] = [
     (r#""temperature": "hot""#, "temperature"),
     (r#""temperature": -0.1"#, "temperature"),
     (r#""temperature": 1e39"#, "temperature"),
@@ -66,10 +66,53 @@ const CHAT_FIELDS: [(&str, &str); 62] = [
     (r#""stream": true, "stream_options": {"include_usage": 1}"#, "stream_options.include_usage"),
     (r#""stream": true, "stream_options": {"speed": 1}"#, "stream_options.speed"),
     (r#""chat_template_kwargs": []"#, "chat_template_kwargs"),
-    (r#""tools": [{"type": "function", "function": {"name": "f"}}]"#, "tools"),
+    (r#""tools": 7"#, "tools"),
+    (r#""tools": ["f"]"#, "tools[0]"),
+    (r#""tools": [{}]"#, "tools[0].type"),
+    (r#""tools": [{"type": "web_search"}]"#, "tools[0].type"),
+    (r#""tools": [{"type": "function"}]"#, "tools[0].function"),
+    (r#""tools": [{"type": "function", "function": {}}]"#, "tools[0].function.name"),
+    (r#""tools": [{"type": "function", "function": {"name": "a b"}}]"#, "tools[0].function.name"),
+    (
+        r#""tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]"#,
+        "tools[0].function.parameters",
+    ),
+    (r#""tools": [{"type": "function", "function": {"name": "f", "mood": 1}}]"#, "tools[0].function.mood"),
+    (
+        r#""tools": [{"type": "function", "function": {"name": "f", "strict": true,
+            "parameters": {"type": "flower"}}}]"#,
+        "tools",
+    ),
     (r#""tool_choice": "required""#, "tool_choice"),
-    (r#""response_format": {"type": "json_object"}"#, "response_format.type"),
+    (r#""tool_choice": "always""#, "tool_choice"),
+    (r#""tool_choice": {"type": "function", "function": {"name": "g"}}"#, "tool_choice.function.name"),
+    (r#""parallel_tool_calls": 1"#, "parallel_tool_calls"),
+    (r#""response_format": {"type": "xml"}"#, "response_format.type"),
+    (r#""response_format": {}"#, "response_format.type"),
     (r#""response_format": "json""#, "response_format"),
+    (r#""response_format": {"type": "json_schema"}"#, "response_format.json_schema"),
+    (
+        r#""response_format": {"type": "json_schema", "json_schema": {"name": "x"}}"#,
+        "response_format.json_schema.schema",
+    ),
+    (
+        r##""response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#/no"}}}"##,
+        "response_format",
+    ),
+    (r#""guided_regex": "(""#, "guided_regex"),
+    (r#""guided_regex": 7"#, "guided_regex"),
+    (r#""guided_choice": []"#, "guided_choice"),
+    (r#""grammar": "start: other""#, "grammar"),
+    (r#""json_schema": "{""#, "json_schema"),
+    (r#""guided_regex": "a", "json_schema": {}"#, "json_schema"),
+    (r#""structured_outputs": {"regex": "a", "json": {}}"#, "structured_outputs"),
+    (r#""structured_outputs": {"speed": 1}"#, "structured_outputs.speed"),
+    (r#""reasoning_effort": "some""#, "reasoning_effort"),
+    (r#""thinking": {"type": "some"}"#, "thinking.type"),
+    (r#""thinking": true, "reasoning_effort": "none""#, "reasoning_effort"),
+    (r#""thinking_token_budget": -1"#, "thinking_token_budget"),
+    (r#""continue_final_message": true"#, "continue_final_message"),
+    (r#""min_tokens": 9, "max_tokens": 3"#, "min_tokens"),
     (r#""modalities": ["audio"]"#, "modalities"),
     (r#""metadata": "x""#, "metadata"),
     (r#""store": true"#, "store"),
@@ -77,7 +120,7 @@ const CHAT_FIELDS: [(&str, &str); 62] = [
 ];
 
 /// Whole chat bodies.
-const CHAT_BODIES: [(&str, &str); 37] = [
+const CHAT_BODIES: [(&str, &str); 40] = [
     ("", ""),
     ("{", ""),
     ("[]", ""),
@@ -117,6 +160,15 @@ const CHAT_BODIES: [(&str, &str); 37] = [
     (r#"{"messages": [{"role": "user", "content": "x", "mood": "good"}]}"#, "messages[0].mood"),
     (r#"{"messages": [{"role": "user", "content": "x", "name": 1}]}"#, "messages[0].name"),
     (r#"{"messages": [{"role": "assistant", "content": "x", "tool_calls": 1}]}"#, "messages[0].tool_calls"),
+    (r#"{"messages": [{"role": "tool", "content": "x"}]}"#, "messages[0].tool_call_id"),
+    (
+        r#"{"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}"#,
+        "messages[0].tool_calls[0].function",
+    ),
+    (
+        r#"{"messages": [{"role": "assistant", "prefix": true, "content": "x"}, {"role": "user", "content": "x"}]}"#,
+        "messages[0].prefix",
+    ),
     (r#"{"model": 4, "messages": [{"role": "user", "content": "x"}]}"#, "model"),
 ];
 
@@ -139,7 +191,7 @@ const TEXT_BODIES: [(&str, &str); 20] = [
     (r#"{"prompt": "x", "logprobs": 1, "echo": true}"#, "logprobs"),
     (r#"{"prompt": "x", "echo": 1}"#, "echo"),
     (r#"{"prompt": "x", "best_of": 3}"#, "best_of"),
-    (r#"{"prompt": "x", "suffix": "end"}"#, "suffix"),
+    (r#"{"prompt": "x", "suffix": 7}"#, "suffix"),
     (r#"{"prompt": "x", "messages": []}"#, "messages"),
     (r#"{"prompt": "x", "max_tokens": 0}"#, "max_tokens"),
 ];

@@ -345,6 +345,11 @@ pub trait Backend: Send {
     /// Takes a weight as stored.
     fn load_matrix(&mut self, matrix: HostMatrix) -> Result<Weight, Error>;
 
+    /// Takes a weight of which [`Backend::embed`] reads rows; products with it are right, but need not be fast.
+    fn load_table(&mut self, matrix: HostMatrix) -> Result<Weight, Error> {
+        self.load_matrix(matrix)
+    }
+
     /// Takes a vector.
     fn load_vector(&mut self, values: &[f32]) -> Result<Vector, Error>;
 

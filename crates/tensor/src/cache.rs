@@ -114,8 +114,8 @@ fn get_each<const N: usize>(bytes: &[u8], out: &mut [f32], get: impl Fn([u8; N])
     }
 }
 
-/// Where the scales and the rope part of an 8-bit row begin.
-const fn parts(latent: usize) -> (usize, usize) {
+/// Where the scales and the rope part of a row of an 8-bit format begin, in bytes.
+pub const fn parts(latent: usize) -> (usize, usize) {
     let scales = latent.next_multiple_of(4);
     (scales, scales + latent.div_ceil(CACHE_RUN) * 4)
 }

@@ -1,4 +1,4 @@
-//! Text: tokenizer, streaming detokenizer, stop strings, chat templates.
+//! Text: tokenizer, streaming detokenizer, stop strings, chat templates, turns.
 #![forbid(unsafe_code)]
 
 mod detokenizer;
@@ -8,15 +8,17 @@ mod reasoning;
 mod stop;
 mod template;
 mod tokenizer;
+mod turn;
 mod vocabulary;
 mod written;
 
 pub use detokenizer::Detokenizer;
 pub use error::Error;
-pub use messages::guard_messages;
+pub use messages::{guard_messages, guard_value};
 pub use reasoning::{Part, ReasoningSplit};
 pub use stop::{StopOutcome, StopStrings};
 pub use template::{ChatTemplate, OUTPUT_BYTES_MAX, SOURCE_BYTES_MAX};
 pub use tokenizer::{ControlTokens, Tokenizer};
+pub use turn::{CallStyle, Turn, TurnFormat, TurnPart, TurnStart};
 pub use vocabulary::Vocabulary;
 pub use written::WrittenVocabulary;

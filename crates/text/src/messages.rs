@@ -27,7 +27,7 @@ pub fn guard_messages(messages: &[Value], tokenizer: &Tokenizer) -> Vec<Value> {
             let keep: &[&str] = if m["role"] == "assistant" { &ASSISTANT_KEEPS } else { &[] };
             for (key, value) in message.as_object_mut().into_iter().flatten() {
                 if key != "role" {
-                    guard_value(value, tokenizer, keep);
+                    guard_all(value, tokenizer, keep);
                 }
             }
             message
@@ -35,11 +35,22 @@ pub fn guard_messages(messages: &[Value], tokenizer: &Tokenizer) -> Vec<Value> {
         .collect()
 }
 
-fn guard_value(value: &mut Value, tokenizer: &Tokenizer, keep: &[&str]) {
+/// Guards every text in a value, names of fields too.
+pub fn guard_value(value: &mut Value, tokenizer: &Tokenizer) {
+    guard_all(value, tokenizer, &[]);
+}
+
+fn guard_all(value: &mut Value, tokenizer: &Tokenizer, keep: &[&str]) {
     match value {
         Value::String(s) => *s = guard(s, tokenizer, keep),
-        Value::Array(list) => list.iter_mut().for_each(|v| guard_value(v, tokenizer, keep)),
-        Value::Object(map) => map.values_mut().for_each(|v| guard_value(v, tokenizer, keep)),
+        Value::Array(list) => list.iter_mut().for_each(|v| guard_all(v, tokenizer, keep)),
+        Value::Object(map) => {
+            let fields = std::mem::take(map).into_iter();
+            map.extend(fields.map(|(name, mut v)| {
+                guard_all(&mut v, tokenizer, keep);
+                (guard(&name, tokenizer, &[]), v)
+            }));
+        }
         _ => {}
     }
 }

@@ -30,6 +30,7 @@ const RAISED: &str = "raised: ";
 /// A compiled chat template.
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    source: String,
 }
 
 impl fmt::Debug for ChatTemplate {
@@ -51,7 +52,7 @@ impl ChatTemplate {
         environment
             .add_template_owned("chat", source.to_string())
             .map_err(|e| Error::Template(e.to_string()))?;
-        Ok(Self { environment })
+        Ok(Self { environment, source: source.to_string() })
     }
 
     /// The template of a checkpoint: `chat_template.jinja`, or `chat_template` in `tokenizer_config.json` (of several
@@ -78,6 +79,11 @@ impl ChatTemplate {
             }
             _ => Err(Error::Template("chat_template is neither text nor a list".into())),
         }
+    }
+
+    /// The template's text.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// The prompt text of a conversation. `extra` are the template's own variables (`thinking`, ...); they cannot

@@ -5,16 +5,17 @@ use crate::tree::{File, Tree};
 
 /// Crates of the workspace and what each may depend on. A missing arrow is a rule: `model` sees no backend, `engine`
 /// no HTTP, `server` no tensor, `text` no model. Tests (`dev-dependencies`) may put a whole engine together.
-const ARROWS: [(&str, &[&str]); 11] = [
+const ARROWS: [(&str, &[&str]); 12] = [
     ("tensor", &[]),
     ("backend-cpu", &["tensor"]),
     ("backend-cuda", &["tensor"]),
     ("weights", &["tensor"]),
     ("text", &[]),
+    ("constrain", &["text"]),
     ("model", &["tensor", "weights"]),
     ("selftest", &["tensor", "weights", "model"]),
     ("engine", &["model", "text"]),
-    ("server", &["engine", "text"]),
+    ("server", &["constrain", "engine", "text"]),
     (
         "oxseek",
         &[

@@ -20,6 +20,9 @@ use crate::{
 /// Tasks per thread of the first fork: enough that the last ones end together.
 const TASKS_PER_THREAD: usize = 16;
 
+/// Products of `gate`, and as many of `up`, that a task makes at a time: they stay in its L2 cache until they are used.
+const GATED_VALUES_TOGETHER: usize = 16 << 10;
+
 /// One MLP and the tokens that go through it.
 struct Group {
     gate: MatrixRef,
@@ -122,7 +125,7 @@ impl CpuBackend {
             return Err(shape_error(op, "expert id below", experts.len(), *e as usize));
         }
         // Weights that may not have been read yet: the disk reads all chosen experts while the first are computed.
-        let in_files = self.experts_on_disk || self.packer.is_open();
+        let in_files = self.experts_on_disk;
         for (id, e) in experts.iter().enumerate() {
             let from = f.tokens.len();
             for (slot, &chosen) in routing.ids[..slots].iter().enumerate() {
@@ -192,7 +195,8 @@ impl CpuBackend {
         f.first_task.clear();
         let mut tasks = 0;
         for g in &mut f.groups {
-            let rows = g.inner * task_work / g.work().max(1);
+            let rows =
+                (g.inner * task_work / g.work().max(1)).min(GATED_VALUES_TOGETHER / (g.to - g.from).max(1));
             g.chunk = rows.next_multiple_of(RUN).min(g.inner.next_multiple_of(RUN)).max(RUN);
             f.first_task.push(tasks);
             tasks += g.inner.div_ceil(g.chunk);

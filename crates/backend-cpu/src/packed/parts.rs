@@ -31,7 +31,7 @@ pub(super) struct Blocks {
 
 impl PackedFormat {
     /// `None` for formats without blocks, or whose scales lie apart.
-    pub(super) fn blocks(self) -> Option<Blocks> {
+    pub(super) const fn blocks(self) -> Option<Blocks> {
         let (cols, bytes, parts): (_, _, &[Part]) = match self {
             Self::Bf16 | Self::E4m3 | Self::Int4 => return None,
             Self::Q8_0 => (32, 34, &[Half(0), Unsigned(2, 32)]),
@@ -51,6 +51,23 @@ impl PackedFormat {
     }
 }
 
+/// Packs sixteen rows of blocks: a loop of its own for each format, whose parts are constants in it.
+pub(super) fn pack(format: PackedFormat, rows: &[&[u8]; GROUP_ROWS], out: &mut [u8]) {
+    macro_rules! formats {
+        ($($format:ident)*) => {
+            match format {
+                $(PackedFormat::$format => {
+                    const BLOCKS: Option<Blocks> = PackedFormat::$format.blocks();
+                    if let Some(blocks) = BLOCKS {
+                        blocks.pack(rows, out);
+                    }
+                })*
+            }
+        };
+    }
+    formats!(Bf16 E4m3 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2K Q3K Q4K Q5K Q6K Iq4Nl Iq4Xs Mxfp4 Int4);
+}
+
 impl Part {
     /// Bytes of each row.
     const fn row_bytes(self) -> usize {
@@ -62,17 +79,16 @@ impl Part {
         }
     }
 
+    #[inline(always)]
+    #[allow(clippy::inline_always, reason = "a constant where it is used")]
     /// Packs the part of the block that begins at byte `block` of each row.
     fn pack(self, rows: &[&[u8]; GROUP_ROWS], block: usize, out: &mut [u8]) {
         match self {
             Half(at) => pack_each(rows, block + at, out, |half: [u8; 2]| half),
             Negated(at) => pack_each(rows, block + at, out, |[low, high]| [low, high ^ 0x80]),
             Byte(at) => pack_each(rows, block + at, out, |byte: [u8; 1]| byte),
-            Words(at, len) => pack_words(rows, block + at, len, out),
-            Unsigned(at, len) => {
-                pack_words(rows, block + at, len, out);
-                out.iter_mut().for_each(|q| *q ^= 0x80);
-            }
+            Words(at, len) => pack_words(rows, block + at, len, out, 0),
+            Unsigned(at, len) => pack_words(rows, block + at, len, out, 0x80),
             ColumnBits(at) => {
                 pack_each(rows, block + at, out, |word| column_bits(u32::from_le_bytes(word)).to_le_bytes());
             }
@@ -85,18 +101,41 @@ impl Blocks {
         cols / self.cols * self.bytes * GROUP_ROWS
     }
 
-    pub(super) fn pack(&self, rows: &[&[u8]; GROUP_ROWS], out: &mut [u8]) {
+    #[inline(always)]
+    #[allow(clippy::inline_always, reason = "a constant where it is used")]
+    fn pack(&self, rows: &[&[u8]; GROUP_ROWS], out: &mut [u8]) {
         for (b, mut out) in out.chunks_exact_mut(self.bytes * GROUP_ROWS).enumerate() {
-            for part in self.parts {
-                let (place, rest) = out.split_at_mut(part.row_bytes() * GROUP_ROWS);
-                part.pack(rows, b * self.bytes, place);
-                out = rest;
-            }
+            // One by one and not in a loop: so each is a constant.
+            out = self.pack_part(0, rows, b * self.bytes, out);
+            out = self.pack_part(1, rows, b * self.bytes, out);
+            out = self.pack_part(2, rows, b * self.bytes, out);
+            out = self.pack_part(3, rows, b * self.bytes, out);
+            out = self.pack_part(4, rows, b * self.bytes, out);
+            debug_assert!(out.is_empty(), "at most five parts");
         }
+    }
+
+    /// Packs one part of the block that begins at byte `block` of each row, if there is such a part; gives what is left
+    /// of its place.
+    #[inline(always)]
+    #[allow(clippy::inline_always, reason = "a constant where it is used")]
+    fn pack_part<'a>(
+        &self,
+        part: usize,
+        rows: &[&[u8]; GROUP_ROWS],
+        block: usize,
+        out: &'a mut [u8],
+    ) -> &'a mut [u8] {
+        let Some(part) = self.parts.get(part) else { return out };
+        let (place, rest) = out.split_at_mut(part.row_bytes() * GROUP_ROWS);
+        part.pack(rows, block, place);
+        rest
     }
 }
 
 /// `N` bytes of each row.
+#[inline(always)]
+#[allow(clippy::inline_always, reason = "part of the innermost loop of packing")]
 fn pack_each<const N: usize>(
     rows: &[&[u8]; GROUP_ROWS],
     at: usize,
@@ -112,7 +151,13 @@ fn pack_each<const N: usize>(
 
 /// Bit `4 * u + k` becomes bit `8 * k + u`.
 fn column_bits(word: u32) -> u32 {
-    (0..32).fold(0, |bits, i| bits | (word >> i & 1) << (i % 4 * 8 + i / 4))
+    (0..4).fold(0, |bits, k| {
+        // Every fourth bit, then two, four and eight of them together.
+        let one = word >> k & 0x1111_1111;
+        let two = (one | one >> 3) & 0x0303_0303;
+        let four = (two | two >> 6) & 0x000f_000f;
+        bits | ((four | four >> 12) & 0xff) << (8 * k)
+    })
 }
 
 #[cfg(test)]
@@ -144,5 +189,8 @@ mod tests {
         assert_eq!(column_bits(1 << 4), 1 << 1);
         assert_eq!(column_bits(1 << 31), 1 << 31);
         assert_eq!(column_bits(u32::MAX), u32::MAX);
+        for i in 0..32 {
+            assert_eq!(column_bits(1 << i), 1 << (i % 4 * 8 + i / 4));
+        }
     }
 }

@@ -10,16 +10,24 @@
     reason = "a tile's indices name rows and lanes, and closures lose the CPU features"
 )]
 
-use super::{Simd, elementwise::exp2, panel::Panel};
+use super::{
+    Simd,
+    elementwise::exp2,
+    panel::{Panel, STREAM_AHEAD},
+};
 use crate::packed::GROUP_ROWS;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512_vnni;
+mod cached;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
+
+pub(crate) use cached::CachedRows;
+pub(super) use cached::decode_rows;
 
 /// Positions whose scores are made, weighed and summed together: their rows fit an L2 cache beside the rest.
 pub(crate) const CHUNK: usize = 128;
@@ -33,17 +41,50 @@ pub(crate) trait Lanes: Panel {
     const WIDE: bool;
     /// Sixteen BF16 at `a` and at `b` as pairs.
     unsafe fn interleave(a: *const u8, b: *const u8) -> Self::W;
+    /// Thirty-two.
+    #[inline(always)]
+    unsafe fn interleave_more(a: *const u8, b: *const u8) -> [Self::W; 2] {
+        // SAFETY: the caller's promise.
+        unsafe { [Self::interleave(a, b), Self::interleave(a.add(32), b.add(32))] }
+    }
+    /// Sixteen signed bytes at `p`.
+    unsafe fn load_i8(p: *const u8) -> Self::F;
+    /// Sixteen E4M3 codes at `p`, times 2^-120: sign, exponent and mantissa moved into place.
+    unsafe fn load_e4m3_small(p: *const u8) -> Self::F;
+    /// Sixteen values as BF16, rounded to nearest even; a NaN stays one.
+    unsafe fn store_bf16(v: Self::F, p: *mut u8);
+    /// Sixteen pairs of values at `even` and `odd`, neither negative nor NaN, as BF16.
+    #[inline(always)]
+    unsafe fn store_pairs(even: *const f32, odd: *const f32, p: *mut u8) {
+        // SAFETY: the caller's promise: sixteen values and room for as many pairs.
+        unsafe {
+            let (even, odd) = (even.cast::<[f32; 16]>().read(), odd.cast::<[f32; 16]>().read());
+            for i in 0..16 {
+                let pair = nearest(even[i]) >> 16 | nearest(odd[i]) & 0xffff_0000;
+                p.add(i * 4).cast::<u32>().write_unaligned(pair);
+            }
+        }
+    }
 }
 
-/// Rows of BF16 in memory: runs of `run` rows, `stride` bytes apart, each run somewhere.
+/// Rows in memory: runs of `run` rows, `stride` bytes apart, each run somewhere.
 #[derive(Clone, Copy)]
-pub(crate) struct Bf16Rows<'a> {
+pub(crate) struct RowRuns<'a> {
     pub(crate) runs: &'a [*const u8],
     /// Rows of each run but the last, which may be cut short; even.
     pub(crate) run: usize,
     pub(crate) stride: usize,
     /// Rows in all.
     pub(crate) n: usize,
+    /// What will be read next: a hint.
+    pub(crate) next: *const u8,
+}
+
+impl<'a> RowRuns<'a> {
+    /// `n` rows after which nothing is known to come.
+    pub(crate) fn new(runs: &'a [*const u8], run: usize, stride: usize, n: usize) -> Self {
+        Self { runs, run, stride, n, next: std::ptr::null() }
+    }
 }
 
 /// `out[j][r] = panel row r . row j` for all rows, and panel rows `0..cols`.
@@ -55,7 +96,7 @@ pub(crate) struct DotRows<'a> {
     pub(crate) panel: *const u8,
     pub(crate) units: usize,
     pub(crate) cols: usize,
-    pub(crate) rows: Bf16Rows<'a>,
+    pub(crate) rows: RowRuns<'a>,
     pub(crate) out: *mut f32,
     pub(crate) out_stride: usize,
 }
@@ -72,8 +113,8 @@ pub(crate) struct AttendChunk<'a> {
     pub(crate) queries: *const u8,
     pub(crate) units: usize,
     pub(crate) lanes: usize,
-    pub(crate) keys: Bf16Rows<'a>,
-    pub(crate) values: Bf16Rows<'a>,
+    pub(crate) keys: RowRuns<'a>,
+    pub(crate) values: RowRuns<'a>,
     pub(crate) width: usize,
     /// The first query sees this many rows of the chunk, each one after it one more; `None`: all see all.
     pub(crate) seen: Option<isize>,
@@ -88,6 +129,9 @@ pub(crate) fn scratch_len(lanes: usize) -> usize {
     lanes.next_multiple_of(GROUP_ROWS) * (CHUNK + CHUNK / 2 + 1)
 }
 
+/// Weights that so few rows use come from memory, and are asked for ahead.
+const STREAM_ROWS_MAX: usize = 4;
+
 /// # Safety
 /// As [`DotRows`] says, and the CPU features of `P`.
 #[inline(always)]
@@ -97,14 +141,16 @@ pub(super) unsafe fn dot_rows<P: Lanes>(d: &DotRows<'_>) {
     while group < groups {
         let pair = P::WIDE && group + 1 < groups;
         let mut done = 0;
-        for &run in d.rows.runs {
+        for (i, &at) in d.rows.runs.iter().enumerate() {
             let n = d.rows.run.min(d.rows.n - done);
+            let next = d.rows.runs.get(i + 1).copied().unwrap_or(d.rows.next);
+            let run = Run { at, next, row: done, n };
             // SAFETY: groups and rows lie inside of the caller's.
             unsafe {
                 if pair {
-                    run_of::<P, 2>(d, group, run, done, n);
+                    dot_run::<P, 2>(d, group, &run);
                 } else {
-                    run_of::<P, 1>(d, group, run, done, n);
+                    dot_run::<P, 1>(d, group, &run);
                 }
             }
             done += n;
@@ -113,73 +159,80 @@ pub(super) unsafe fn dot_rows<P: Lanes>(d: &DotRows<'_>) {
     }
 }
 
-/// `n` rows from `row` on, which begin at `at`, with `G` groups.
-#[inline(always)]
-unsafe fn run_of<P: Lanes, const G: usize>(
-    d: &DotRows<'_>,
-    group: usize,
+/// `n` rows from `row` on, which begin at `at`; those at `next` follow.
+struct Run {
     at: *const u8,
+    next: *const u8,
     row: usize,
     n: usize,
-) {
+}
+
+/// One run with `G` groups.
+#[inline(always)]
+unsafe fn dot_run<P: Lanes, const G: usize>(d: &DotRows<'_>, group: usize, run: &Run) {
     let mut j = 0;
     // SAFETY: rows below `n`.
     unsafe {
-        while P::WIDE && G == 1 && n - j >= 16 {
-            dot_tile::<P, G, 16>(d, group, at.add(j * d.rows.stride), row + j);
+        while P::WIDE && G == 1 && run.n - j >= 16 {
+            dot_tile::<P, G, 16>(d, group, run, j);
             j += 16;
         }
-        while P::WIDE && n - j >= 8 {
-            dot_tile::<P, G, 8>(d, group, at.add(j * d.rows.stride), row + j);
+        while P::WIDE && run.n - j >= 8 {
+            dot_tile::<P, G, 8>(d, group, run, j);
             j += 8;
         }
-        while n - j >= 4 {
-            dot_tile::<P, G, 4>(d, group, at.add(j * d.rows.stride), row + j);
+        while run.n - j >= 4 {
+            dot_tile::<P, G, 4>(d, group, run, j);
             j += 4;
         }
-        while n > j {
-            dot_tile::<P, G, 1>(d, group, at.add(j * d.rows.stride), row + j);
+        while run.n > j {
+            dot_tile::<P, G, 1>(d, group, run, j);
             j += 1;
         }
     }
 }
 
+/// Rows `j..j + T` of a run.
 #[inline(always)]
 unsafe fn dot_tile<P: Lanes, const G: usize, const T: usize>(
     d: &DotRows<'_>,
     group: usize,
-    x: *const u8,
-    row: usize,
+    run: &Run,
+    j: usize,
 ) {
     // SAFETY: the groups and `T` rows lie inside of the caller's; what lies past `cols` is not written.
     unsafe {
         let mut acc = [[P::splat(0.0); T]; G];
-        let w = d.panel.add(group * d.units * 64);
+        let tile = Tile {
+            panel: d.panel.add(group * d.units * 64),
+            group_bytes: d.units * 64,
+            x: run.at.add(j * d.rows.stride),
+            stride: d.rows.stride,
+            // The first groups bring rows into the cache for the others.
+            ahead: match (group, j + T < run.n) {
+                (0, true) => run.at.wrapping_add((j + T) * d.rows.stride),
+                (0, false) => run.next,
+                _ => std::ptr::null(),
+            },
+        };
         let mut u = 0;
-        if P::WIDE && G == 1 {
-            while u + 8 <= d.units {
-                add_units::<P, G, T, 8>(d, w, x, u, &mut acc);
-                u += 8;
-            }
-        } else if P::WIDE {
-            while u + 4 <= d.units {
-                add_units::<P, G, T, 4>(d, w, x, u, &mut acc);
-                u += 4;
-            }
+        while P::WIDE && u + 4 <= d.units {
+            add_units::<P, G, T, 4>(&tile, u, &mut acc);
+            u += 4;
         }
         while u < d.units {
-            add_units::<P, G, T, 1>(d, w, x, u, &mut acc);
+            add_units::<P, G, T, 1>(&tile, u, &mut acc);
             u += 1;
         }
         for i in 0..G {
             let first = (group + i) * GROUP_ROWS;
-            for j in 0..T {
-                let out = d.out.add((row + j) * d.out_stride + first);
+            for t in 0..T {
+                let out = d.out.add((run.row + j + t) * d.out_stride + first);
                 if d.cols - first >= GROUP_ROWS {
-                    P::store(acc[i][j], out);
+                    P::store(acc[i][t], out);
                 } else {
                     let mut lanes = [0.0f32; GROUP_ROWS];
-                    P::store(acc[i][j], lanes.as_mut_ptr());
+                    P::store(acc[i][t], lanes.as_mut_ptr());
                     std::ptr::copy_nonoverlapping(lanes.as_ptr(), out, d.cols - first);
                 }
             }
@@ -187,37 +240,50 @@ unsafe fn dot_tile<P: Lanes, const G: usize, const T: usize>(
     }
 }
 
+/// Some groups of a panel and some rows.
+struct Tile {
+    panel: *const u8,
+    group_bytes: usize,
+    x: *const u8,
+    stride: usize,
+    /// The rows to come, as many; null where they are in the cache.
+    ahead: *const u8,
+}
+
 /// `U` units stay in registers while the rows pass by.
 #[inline(always)]
 unsafe fn add_units<P: Lanes, const G: usize, const T: usize, const U: usize>(
-    d: &DotRows<'_>,
-    w: *const u8,
-    x: *const u8,
+    tile: &Tile,
     u: usize,
     acc: &mut [[P::F; T]; G],
 ) {
     // SAFETY: the caller keeps the units inside of the panel and the rows. Loops, not closures: a closure that is not
     // inlined is compiled without the level's features.
     unsafe {
-        let mut units = [[P::load_bf16(w.add(u * 64)); U]; G];
+        let w = tile.panel.add(u * 64);
+        let mut units = [[P::load_bf16(w); U]; G];
         for i in 0..G {
             for k in 0..U {
-                units[i][k] = P::load_bf16(w.add((i * d.units + u + k) * 64));
+                let unit = w.add(i * tile.group_bytes + k * 64);
+                if T <= STREAM_ROWS_MAX {
+                    P::prefetch(unit.wrapping_add(STREAM_AHEAD));
+                }
+                units[i][k] = P::load_bf16(unit);
             }
         }
-        if T == 16 {
+        if U == 4 && T >= 8 && !tile.ahead.is_null() {
             // Sixteen rows are as many cache lines as they have units: each unit asks for one of the rows to come,
             // which sixteen streams side by side would wait for.
-            for k in 0..U {
-                P::prefetch(x.wrapping_add(T * d.rows.stride + (u + k) * 64));
+            for k in 0..U * T / 16 {
+                P::prefetch(tile.ahead.wrapping_add((u * T / 16 + k) * 64));
             }
         }
-        for j in 0..T {
-            let x = x.add(j * d.rows.stride + u * 4);
+        for t in 0..T {
+            let x = tile.x.add(t * tile.stride + u * 4);
             for k in 0..U {
                 let pair = P::pair(x.add(k * 4));
                 for i in 0..G {
-                    acc[i][j] = P::dot_bf16(acc[i][j], units[i][k], pair);
+                    acc[i][t] = P::dot_bf16(acc[i][t], units[i][k], pair);
                 }
             }
         }
@@ -247,8 +313,8 @@ pub(super) unsafe fn attend_chunk<S: Simd, P: Lanes>(c: &AttendChunk<'_>) {
         }
         let mut lane = 0;
         while lane < width {
-            softmax::<S>(c, scores.add(lane), words.add(lane), keep.add(lane), width, lane);
-            lane += S::LANES;
+            softmax::<S, P>(c, scores.add(lane), words.add(lane), keep.add(lane), width, lane);
+            lane += GROUP_ROWS;
         }
         let mut column = 0;
         while column < c.width {
@@ -275,50 +341,71 @@ unsafe fn hide(scores: *mut f32, n: usize, width: usize, seen: isize) {
     }
 }
 
-/// The weights of one vector of lanes as pairs of positions, and the running maxima and sums.
+/// The weights of one group of lanes as pairs of positions, and the running maxima and sums.
 #[inline(always)]
-unsafe fn softmax<S: Simd>(
+unsafe fn softmax<S: Simd, P: Lanes>(
     c: &AttendChunk<'_>,
-    scores: *mut f32,
+    scores: *const f32,
     words: *mut f32,
     keep: *mut f32,
     width: usize,
-    lane: usize,
+    group: usize,
 ) {
     let n = c.keys.n;
-    // SAFETY: `n` rows of scores; pairs of rows in `words`; whole groups.
+    let mut sums = [0.0f32; GROUP_ROWS];
+    let mut minus = [0.0f32; GROUP_ROWS];
+    // SAFETY: `n` rows of scores; pairs of rows in `words`; whole groups, which are whole vectors.
     unsafe {
-        let (maxima, sums) = (c.maxima.add(lane), c.sums.add(lane));
-        let before = S::load(maxima);
-        let mut max = before;
-        for j in 0..n {
-            max = max.max(S::load(scores.add(j * width)));
+        for lane in (0..GROUP_ROWS).step_by(S::LANES) {
+            let maxima = c.maxima.add(group + lane);
+            let before = S::load(maxima);
+            let max = most::<S>(before, scores.add(lane), n, width);
+            max.store(maxima);
+            // A query that has seen nothing yet has no maximum: it must not become NaN.
+            let less = max.max(S::splat(f32::MIN)).mul(S::splat(-1.0));
+            let factor = exp2::<S>(before.max(S::splat(f32::MIN)).add(less));
+            less.store(minus.as_mut_ptr().add(lane));
+            factor.store(keep.add(lane));
+            S::load(c.sums.add(group + lane)).mul(factor).store(sums.as_mut_ptr().add(lane));
         }
-        max.store(maxima);
-        // A query that has seen nothing yet has no maximum: it must not become NaN.
-        let minus = max.max(S::splat(f32::MIN)).mul(S::splat(-1.0));
-        let before = before.max(S::splat(f32::MIN));
-        let factor = exp2::<S>(before.add(minus));
-        factor.store(keep);
-        let mut sum = S::load(sums).mul(factor);
-        let mut pair = [0.0f32; 32];
+        let mut pair = [0.0f32; 2 * GROUP_ROWS];
         for j in (0..n).step_by(2) {
-            let even = exp2::<S>(S::load(scores.add(j * width)).add(minus));
-            sum = sum.add(even);
-            even.store(pair.as_mut_ptr());
-            if j + 1 < n {
-                let odd = exp2::<S>(S::load(scores.add((j + 1) * width)).add(minus));
-                sum = sum.add(odd);
-                odd.store(pair.as_mut_ptr().add(16));
-            } else {
-                S::splat(0.0).store(pair.as_mut_ptr().add(16));
+            let row = scores.add(j * width);
+            // A last row without a partner pairs with nothing.
+            let other = if j + 1 < n { row.add(width) } else { NOTHING.as_ptr() };
+            for lane in (0..GROUP_ROWS).step_by(S::LANES) {
+                let (less, sum) = (S::load(minus.as_ptr().add(lane)), sums.as_mut_ptr().add(lane));
+                let even = exp2::<S>(S::load(row.add(lane)).add(less));
+                let odd = exp2::<S>(S::load(other.add(lane)).add(less));
+                even.store(pair.as_mut_ptr().add(lane));
+                odd.store(pair.as_mut_ptr().add(GROUP_ROWS + lane));
+                S::load(sum).add(even.add(odd)).store(sum);
             }
-            let out = std::slice::from_raw_parts_mut(words.add(j / 2 * width).cast::<u32>(), S::LANES);
-            for (i, out) in out.iter_mut().enumerate() {
-                *out = nearest(pair[i]) >> 16 | nearest(pair[16 + i]) & 0xffff_0000;
+            P::store_pairs(pair.as_ptr(), pair.as_ptr().add(GROUP_ROWS), words.add(j / 2 * width).cast());
+        }
+        std::ptr::copy_nonoverlapping(sums.as_ptr(), c.sums.add(group), GROUP_ROWS);
+    }
+}
+
+/// Scores of a position that is not there.
+static NOTHING: [f32; GROUP_ROWS] = [f32::NEG_INFINITY; GROUP_ROWS];
+
+/// The largest of `n` rows of scores and of `before`, lane by lane.
+#[inline(always)]
+unsafe fn most<S: Simd>(before: S, scores: *const f32, n: usize, width: usize) -> S {
+    // Several chains hide the latency.
+    let mut most = [before; 4];
+    // SAFETY: the caller has `n` rows.
+    unsafe {
+        for j in (0..n - n % 4).step_by(4) {
+            for i in 0..4 {
+                most[i] = most[i].max(S::load(scores.add((j + i) * width)));
             }
         }
-        sum.store(sums);
+        for j in n - n % 4..n {
+            most[0] = most[0].max(S::load(scores.add(j * width)));
+        }
+        most[0].max(most[1]).max(most[2].max(most[3]))
     }
 }
 
@@ -358,8 +445,11 @@ unsafe fn sum_values<P: Lanes, const H: usize, const V: usize>(
                 // A last row without a partner is its own: its weight there is zero.
                 let odd = if p * 2 + 1 < n { even.add(c.values.stride) } else { even };
                 let mut pairs = [P::interleave(even, odd); V];
-                for v in 1..V {
-                    pairs[v] = P::interleave(even.add(v * 32), odd.add(v * 32));
+                if V == 2 {
+                    let both = P::interleave_more(even, odd);
+                    for v in 0..V {
+                        pairs[v] = both[v];
+                    }
                 }
                 for h in 0..H {
                     let weight = P::pair(words.add(p * width + h).cast());

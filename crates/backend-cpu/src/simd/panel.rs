@@ -190,8 +190,9 @@ pub(super) const fn tile_tokens<P: Panel>() -> [usize; 2] {
 trait Tiled<P: Panel> {
     /// Most tokens of one tile.
     const TILE: usize;
-    /// Whether tiles of four tokens and more have a kernel of their own that streams: worth its code in the formats
-    /// that most people have.
+    /// Tiles of fewer tokens always stream: they are the only ones of their groups, or it costs them nothing.
+    const STREAMS_BELOW: usize;
+    /// Whether the others have a second kernel that streams: worth its code in the formats that most people have.
     const STREAMS_WIDE: bool;
 
     /// The products of the groups at `w` with a tile of `T` tokens at `x`. `S`: nobody fetched the groups before, so
@@ -212,32 +213,34 @@ trait Tiled<P: Panel> {
 pub(super) struct Ahead {
     /// Whether this tile is the first that reads its groups, and nobody fetched them before.
     streams: bool,
+    stream_ahead: usize,
     group_bytes: usize,
     next: *const u8,
+    share: usize,
     /// 256ths of a byte per step.
     step: usize,
 }
 
 impl Ahead {
-    /// Tile `tile` of `tiles` brings its part of the `groups` at `next`, in `steps` steps.
-    fn new(
-        next: *const u8,
-        groups: usize,
-        group_bytes: usize,
-        tile: usize,
-        tiles: usize,
-        steps: usize,
-    ) -> Self {
-        if tiles < AHEAD_TILES_MIN {
-            return Self { streams: tile == 0, group_bytes, next, step: 0 };
-        }
-        let share = groups * group_bytes / tiles;
-        Self {
-            streams: false,
-            group_bytes,
-            next: next.wrapping_add(tile * share),
-            step: share * 256 / steps.max(1),
-        }
+    /// What a tile brings when `tiles` of them use the same `groups`, in `steps` steps each.
+    fn new(groups: usize, group_bytes: usize, tiles: usize, steps: usize) -> Self {
+        let (share, steps) = (groups * group_bytes / tiles, steps.max(1));
+        let step = if tiles < AHEAD_TILES_MIN { 0 } else { share * 256 / steps };
+        // Whole steps, so that no step's lines lie in two groups.
+        let step_bytes = (group_bytes / steps).max(1);
+        let stream_ahead = STREAM_AHEAD.div_ceil(step_bytes) * step_bytes;
+        Self { streams: step == 0, stream_ahead, group_bytes, next: std::ptr::null(), share, step }
+    }
+
+    /// For the first tile of groups that `next` comes after.
+    fn from(&self, next: *const u8) -> Self {
+        Self { next, ..*self }
+    }
+
+    /// For the next tile of the same groups.
+    fn pass(&mut self) {
+        self.streams = false;
+        self.next = self.next.wrapping_add(if self.step > 0 { self.share } else { 0 });
     }
 
     /// Asks for what step `step` is to bring.
@@ -254,7 +257,7 @@ impl Ahead {
     }
 }
 
-/// The lines of the groups that come [`STREAM_AHEAD`] bytes after those in use, if `S`.
+/// The lines of the groups that come about [`STREAM_AHEAD`] bytes after those in use, if `S`.
 pub(super) struct Stream<const G: usize, const S: bool>([*const u8; G]);
 
 impl Ahead {
@@ -265,7 +268,7 @@ impl Ahead {
         groups: [*const u8; G],
         offset: usize,
     ) -> Stream<G, S> {
-        let offset = offset + STREAM_AHEAD;
+        let offset = offset + self.stream_ahead;
         if offset < self.group_bytes {
             return Stream(groups).from(offset);
         }
@@ -325,23 +328,25 @@ unsafe fn tiles_of<P: Panel, D: Tiled<P>, const G: usize>(g: &PanelGemm<'_>) {
     let together = (X_BYTES_TOGETHER / (g.x.row_words * 4 * D::TILE)).max(1);
     for from in (0..count).step_by(together) {
         let block = from..count.min(from + together);
+        let tiles = rounded::tiles(n, D::TILE).skip(block.start).take(block.len());
+        let ahead = Ahead::new(G, g.w.group_bytes, block.len(), g.w.cols / 128);
         for group in g.groups.clone().step_by(G) {
             let last = g.groups.end - 1;
             // Where there is no second group the first stands in for it, and its products are thrown away.
             let groups: [*const u8; G] = std::array::from_fn(|i| g.w.group((group + i).min(last)));
             let is_last = group + G >= g.groups.end && !g.then.is_null();
             let next = if is_last { g.then } else { g.w.group(group + G) };
-            let tiles = rounded::tiles(n, D::TILE).skip(block.start).take(block.len());
-            for (tile, (first, width)) in tiles.enumerate() {
-                let ahead = Ahead::new(next, G, g.w.group_bytes, tile, block.len(), g.w.cols / 128);
+            let mut ahead = ahead.from(next);
+            for (first, width) in tiles.clone() {
+                // SAFETY: rows of the output; the caller has the features.
+                unsafe { expect_output::<P, G>(g, group, &g.out_rows[first..first + width]) };
                 macro_rules! widths {
                     ($($n:literal)*) => {
                         match width {
                             // SAFETY: the groups and the tile are the caller's.
                             $($n if $n <= D::TILE => unsafe {
                                 let x = g.x.row(first);
-                                // Tiles this narrow are the first of their groups.
-                                let sums = if $n < 4 || (D::STREAMS_WIDE && ahead.streams) {
+                                let sums = if $n < D::STREAMS_BELOW || (D::STREAMS_WIDE && ahead.streams) {
                                     D::tile::<G, $n, true>(&g.w, groups, x, &ahead)
                                 } else {
                                     D::tile::<G, $n, false>(&g.w, groups, x, &ahead)
@@ -353,7 +358,22 @@ unsafe fn tiles_of<P: Panel, D: Tiled<P>, const G: usize>(g: &PanelGemm<'_>) {
                     };
                 }
                 widths!(1 2 3 4 5 6 7 8 9 10 11 12);
+                ahead.pass();
             }
+        }
+    }
+}
+
+/// Asks for the places that a tile's products go to. Rows of an output are often a power of two apart, so that they
+/// push each other out of the caches between two tiles.
+#[inline(always)]
+unsafe fn expect_output<P: Panel, const G: usize>(g: &PanelGemm<'_>, group: usize, rows: &[u32]) {
+    let column = (group - g.groups.start) * GROUP_ROWS;
+    for &row in rows {
+        let out = g.out.wrapping_add(row as usize * g.out_stride + column).cast::<u8>();
+        for i in 0..G {
+            // SAFETY: a hint about a place that need not be there.
+            unsafe { P::prefetch_near(out.wrapping_add(i * 64)) };
         }
     }
 }

@@ -5,7 +5,7 @@
 //! alone, not of how the scheduler happened to cut the prompt: a prompt is divided into cells of
 //! [`CELL_TOKENS`], and each cell has one form.
 
-use oxseek_tensor::backend::{AttendMode, MlaShape, Segment, StepInput};
+use oxseek_tensor::backend::{AttendMode, BLOCK_TOKENS, MlaShape, Segment, StepInput};
 
 use crate::Batch;
 
@@ -19,12 +19,23 @@ fn mode_of(shape: &MlaShape, position: usize, prompt: usize) -> AttendMode {
     }
     let start = position / CELL_TOKENS * CELL_TOKENS;
     let rows = CELL_TOKENS.min(prompt - start);
-    // Multiply-adds per head for the cell; expanded rows are made anew per step.
+    // Multiply-adds per head for the cell; expanded rows are made anew per step. Those of absorbed rows take a quarter
+    // longer (bench/NOTES.md): a tile of expanded ones has more queries for a key.
     let keys = start + rows / 2;
     let expansion = shape.latent * (shape.nope + shape.value);
     let expanded = rows * keys * (shape.nope + shape.rope + shape.value) + (start + rows) * expansion;
     let absorbed = rows * keys * (2 * shape.latent + shape.rope) + rows * expansion;
-    if expanded < absorbed { AttendMode::Expanded } else { AttendMode::Absorbed }
+    if 4 * expanded < 5 * absorbed { AttendMode::Expanded } else { AttendMode::Absorbed }
+}
+
+/// How many of the rows of a block are expanded; they are its first ones. All of a block lies in one cell, so beside its
+/// tokens and what came before this is all that its bits depend on.
+pub(super) fn expanded_rows(shape: &MlaShape, block: usize, prompt: usize) -> u8 {
+    let start = block * BLOCK_TOKENS;
+    match mode_of(shape, start, prompt) {
+        AttendMode::Expanded => BLOCK_TOKENS.min(prompt - start) as u8,
+        AttendMode::Absorbed => 0,
+    }
 }
 
 /// Turns a batch into a backend's step: tokens and block tables as they are, sequences cut where the form changes.
@@ -67,6 +78,20 @@ mod tests {
             }
         }
         modes
+    }
+
+    #[test]
+    fn a_block_has_one_form_up_to_the_end_of_the_prompt() {
+        for prompt in (1..1400).step_by(7) {
+            for block in 0..25 {
+                let rows = (block * BLOCK_TOKENS..).take(BLOCK_TOKENS);
+                let modes: Vec<AttendMode> = rows.map(|p| mode_of(&SHAPE, p, prompt)).collect();
+                let expanded = usize::from(expanded_rows(&SHAPE, block, prompt));
+                let (first, rest) = modes.split_at(expanded);
+                assert!(first.iter().all(|m| *m == AttendMode::Expanded), "{prompt}, {block}");
+                assert!(rest.iter().all(|m| *m == AttendMode::Absorbed), "{prompt}, {block}");
+            }
+        }
     }
 
     #[test]

@@ -19,7 +19,6 @@ use crate::{
     args::{BenchArgs, BenchFormat},
     device::cuda_options,
     failure::Failure,
-    inspect::size,
     open::open_checkpoint,
     synth,
 };

@@ -7,7 +7,10 @@ use oxseek_model::Footprint;
 use oxseek_tensor::Backend;
 use serde_json::{Value, json};
 
-use super::test::{Cost, Measured};
+use super::{
+    cold::Cold,
+    test::{Cost, Measured},
+};
 use crate::{args::BenchFormat, failure::Failure, inspect::size};
 
 /// What the model runs on.
@@ -34,6 +37,8 @@ pub struct Start {
     pub first_token_at: Duration,
     /// What was left of packing the weights then.
     pub packing: Duration,
+    /// What the disk can do, if the model came from there.
+    pub cold: Option<Cold>,
 }
 
 /// Prints what comes in, as it comes where the format allows.
@@ -109,6 +114,8 @@ impl Report {
                 "first_token_seconds": start.first_token.as_secs_f64(),
                 "process_to_first_token_seconds": start.first_token_at.as_secs_f64(),
                 "packing_seconds": start.packing.as_secs_f64(),
+                "file_bytes_from_disk": start.cold.as_ref().map(|c| c.bytes),
+                "plain_read_seconds": start.cold.as_ref().map(|c| c.plain.as_secs_f64()),
             },
             "limits": limits_json(limits),
         });
@@ -130,6 +137,17 @@ impl Report {
                     ms(start.first_token),
                     ms(start.packing)
                 )?;
+                if let Some(cold) = &start.cold {
+                    let rate = |d: Duration| cold.bytes as f64 / d.as_secs_f64() / 1e9;
+                    writeln!(
+                        out,
+                        "           {} came from disk, {:.2} GB/s; plain reading takes {}, {:.2} GB/s",
+                        size(cold.bytes),
+                        rate(start.first_token_at),
+                        ms(cold.plain),
+                        rate(cold.plain)
+                    )?;
+                }
                 writeln!(out)?;
                 write_row(&mut out, &HEAD.map(String::from), &WIDTHS)?;
                 write_rule(&mut out, &WIDTHS)?;

@@ -8,9 +8,6 @@ use oxseek_tensor::backend::{BLOCK_TOKENS, MultiplyAdds, OpCost};
 
 use crate::{args::BenchArgs, failure::Failure};
 
-/// Rows of one prefill step.
-pub const STEP_ROWS_MAX: usize = 512;
-
 /// `batch` sequences that go on for `tokens` tokens after `depth` tokens of context.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Test {
@@ -178,14 +175,21 @@ pub struct Context {
     vocab: usize,
     /// Tokens that all sequences have in the cache.
     filled: usize,
+    /// Most rows of a step of a prompt.
+    step_rows: usize,
 }
 
 impl Context {
     /// `sequences` empty sequences of at most `tokens` tokens.
-    pub fn new(model: &DeepSeek, sequences: usize, tokens: usize) -> Self {
+    pub fn new(model: &DeepSeek, sequences: usize, tokens: usize, step_rows: usize) -> Self {
         let blocks = blocks_for(tokens);
         let table = |s: usize| (0..blocks).map(|b| (s * blocks + b) as u32).collect();
-        Self { tables: (0..sequences).map(table).collect(), vocab: model.limits().vocab, filled: 0 }
+        Self {
+            tables: (0..sequences).map(table).collect(),
+            vocab: model.limits().vocab,
+            filled: 0,
+            step_rows,
+        }
     }
 
     /// Gives all sequences the first `depth` tokens: computed once, copied to the others. What the first had beyond
@@ -215,8 +219,8 @@ impl Context {
     /// Computes the positions of a sequence as a part of its prompt.
     fn prefill(&self, model: &mut DeepSeek, s: usize, span: std::ops::Range<usize>) -> Result<(), Failure> {
         let mut batch = Batch::default();
-        for from in span.clone().step_by(STEP_ROWS_MAX) {
-            let to = span.end.min(from + STEP_ROWS_MAX);
+        for from in span.clone().step_by(self.step_rows) {
+            let to = span.end.min(from + self.step_rows);
             let tokens: Vec<u32> = (from..to).map(|p| token_at(p, self.vocab)).collect();
             let want = if to == span.end { LogitRows::Last } else { LogitRows::None };
             batch.clear();

@@ -69,6 +69,7 @@ impl Need {
         match (m.role, packed) {
             (MatrixRole::Routed, Some(bytes)) => self.experts_packed += bytes,
             (MatrixRole::Routed, None) => self.experts_as_stored += m.bytes,
+            (MatrixRole::Embedding, _) => self.as_stored += m.bytes,
             (_, Some(bytes)) => self.packed += bytes,
             (_, None) => self.as_stored += m.bytes,
         }
@@ -193,7 +194,7 @@ mod tests {
         n.add(&m(MatrixRole::Dense, Some(DType::BF16), 8192), Precision::Native);
         n.add(&m(MatrixRole::Routed, Some(DType::BF16), 4 * 8192), Precision::Native);
         n.add(&m(MatrixRole::Routed, Some(DType::F32), 4 * 16384), Precision::Native);
-        n.add(&m(MatrixRole::Embedding, None, 77), Precision::Native);
+        n.add(&m(MatrixRole::Embedding, Some(DType::BF16), 77), Precision::Native);
         let want = Need {
             packed: 8192,
             as_stored: 77,

@@ -2,11 +2,22 @@
 
 use oxseek_backend_cpu::{Limits, Precision};
 use oxseek_model::{Footprint, MatrixRole, StoredMatrices, stored_matrices};
-use oxseek_tensor::{CacheFormat, backend::MultiplyAdds};
+use oxseek_tensor::{CacheFormat, DType, backend::MultiplyAdds};
 use oxseek_weights::Checkpoint;
 
-/// The part of its limit that decoding usually reaches; bench/NOTES.md has the figures.
-const PART_REACHED: f64 = 0.85;
+/// The part of the read limit that weights of a format come at while few tokens are decoded, measured on a model of
+/// DeepSeek-V3's shape; bench/NOTES.md has the figures. Few bits per weight take more work per byte.
+fn part_read(dtype: Option<DType>) -> f64 {
+    match dtype {
+        Some(DType::BF16 | DType::F16 | DType::F32) => 0.87,
+        Some(DType::Q8_0) => 0.81,
+        Some(DType::F8E4M3 | DType::Q6K | DType::Q5_0 | DType::Q5_1 | DType::Q5K) => 0.70,
+        _ => 0.61,
+    }
+}
+
+/// The part of the multiply limit that a step of decoding reaches in what it cannot do while it reads.
+const PART_MULTIPLIED: f64 = 0.5;
 
 /// What decoding costs.
 pub struct Decoding {
@@ -21,6 +32,8 @@ pub struct Decoding {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepCost {
     pub bytes: u64,
+    /// The bytes that would take as long at the limit as these take in practice.
+    pub usual_bytes: f64,
     pub work: MultiplyAdds,
 }
 
@@ -40,16 +53,16 @@ impl Decoding {
     pub fn step(&self, sequences: usize, depth: usize) -> StepCost {
         // An expert is read unless every sequence has left it out.
         let met = 1.0 - (1.0 - self.part).powi(sequences as i32);
-        let mut step = StepCost {
-            bytes: self.cache_bytes_per_token * (sequences * depth) as u64,
-            work: MultiplyAdds::default(),
-        };
+        let cached = self.cache_bytes_per_token * (sequences * depth) as u64;
+        let usual_bytes = cached as f64 / part_read(None);
+        let mut step = StepCost { bytes: cached, usual_bytes, work: MultiplyAdds::default() };
         for m in self.matrices.iter().filter(|m| !m.mtp && m.role != MatrixRole::Embedding) {
             let (read, used) = match m.role {
                 MatrixRole::Routed => (met, self.part * m.count as f64),
                 _ => (1.0, m.count as f64),
             };
             step.bytes += (m.bytes as f64 * read) as u64;
+            step.usual_bytes += m.bytes as f64 * read / part_read(m.dtype);
             let Some(dtype) = m.dtype else { continue };
             let row = self.precision.matrix_cost(dtype, m.rows, m.cols).multiply_adds;
             let times = |n: u64| (n as f64 * used * sequences as f64) as u64;
@@ -61,16 +74,15 @@ impl Decoding {
     /// Tokens per second of all sequences together: at the limit of the machine, and as far as one usually comes.
     pub fn tokens_per_second(&self, limits: &Limits, sequences: usize, depth: usize) -> [f64; 2] {
         let step = self.step(sequences, depth);
-        let seconds = limits.read_seconds(step.bytes).max(limits.multiply_seconds(step.work));
-        let limit = sequences as f64 / seconds;
-        [limit, limit * PART_REACHED]
+        let multiply = limits.multiply_seconds(step.work);
+        let limit = limits.read_seconds(step.bytes).max(multiply);
+        let usual = limits.read_seconds(step.usual_bytes as u64) + multiply / PART_MULTIPLIED;
+        [limit, usual].map(|seconds| sequences as f64 / seconds)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use oxseek_tensor::DType;
-
     use super::*;
 
     fn decoding() -> Decoding {
@@ -109,5 +121,11 @@ mod tests {
         assert_eq!(d.tokens_per_second(&reads, 1, 0)[0], 1.0);
         let multiplies = Limits { read: 1e9, multiply: [1.0, 2.0 * 3.0 * 1024.0, 1.0] };
         assert_eq!(d.tokens_per_second(&multiplies, 4, 0)[0], 1.0);
+        let [limit, usual] = d.tokens_per_second(&reads, 1, 0);
+        assert!(
+            (usual - limit * part_read(Some(DType::BF16))).abs() < 0.01,
+            "multiplying is next to nothing here"
+        );
+        assert!(d.tokens_per_second(&multiplies, 4, 0)[1] < 0.51);
     }
 }

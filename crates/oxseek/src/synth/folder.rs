@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{BufWriter, Write as _},
+    io::Write as _,
     path::Path,
     sync::Arc,
 };
@@ -12,7 +12,7 @@ use oxseek_tensor::{ByteRegion, DType};
 use serde_json::{Map, Value, json};
 
 use super::{Recipe, Synth, vocabulary::Words};
-use crate::{failure::Failure, formats::label};
+use crate::{failure::Failure, formats::label, pieces::Pieces};
 
 /// Largest shard, as on the hub.
 const SHARD_BYTES_MAX: u64 = 5_000_000_000;
@@ -156,7 +156,7 @@ fn shard_head(tensors: &[Tensor]) -> (Vec<u8>, u64) {
 }
 
 fn write_shard(synth: &mut Synth, tensors: &[Tensor], path: &Path) -> Result<(), Failure> {
-    let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    let mut file = Pieces::new(File::create(path)?);
     file.write_all(&shard_head(tensors).0)?;
     for t in tensors {
         match &t.filling {

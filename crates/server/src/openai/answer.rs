@@ -4,6 +4,7 @@ use std::{
     collections::VecDeque,
     convert::Infallible,
     hash::{BuildHasher, RandomState},
+    sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -18,8 +19,8 @@ use futures_util::{
     Stream, StreamExt,
     stream::{BoxStream, SelectAll, unfold},
 };
-use oxseek_engine::{Event, FinishReason, Ticket, TokenInfo, Usage};
-use oxseek_text::{Part, ReasoningSplit};
+use oxseek_engine::{Event, FinishReason, Matched, Ticket, TokenInfo, Usage};
+use oxseek_text::{Turn, TurnFormat, TurnPart, TurnStart};
 use serde_json::{Map, Value, json};
 
 use super::parameters::Streaming;
@@ -27,8 +28,8 @@ use crate::error::ApiError;
 
 /// Which of the two routes answers.
 pub(crate) enum Form {
-    /// `/v1/chat/completions`; `thinking` when the prompt ends inside of the model's thinking.
-    Chat { thinking: bool },
+    /// `/v1/chat/completions`: the model's way to write a turn, and what each begins with.
+    Chat { format: Arc<TurnFormat>, start: TurnStart },
     /// `/v1/completions`; texts to put before the answers, one per prompt or none.
     Text { echo: Vec<String> },
 }
@@ -44,12 +45,14 @@ pub(crate) struct Answer {
     events: SelectAll<BoxStream<'static, (usize, Option<Event>)>>,
     choices: Vec<ChoiceState>,
     usage: Usage,
+    reasoning_tokens: usize,
     open: usize,
 }
 
 /// What was sent of an answer so far.
 struct ChoiceState {
-    reasoning: ReasoningSplit,
+    /// None for a completion, whose text is as the model wrote it.
+    turn: Option<Turn>,
     begun: bool,
     /// Characters of text so far, for `text_offset`.
     characters: usize,
@@ -57,26 +60,57 @@ struct ChoiceState {
 
 /// A piece of an answer.
 enum Piece {
-    Text { choice: usize, parts: Vec<(Part, String)>, tokens: Vec<TokenInfo> },
-    Done { choice: usize, reason: FinishReason },
+    Text {
+        choice: usize,
+        parts: Vec<TurnPart>,
+        tokens: Vec<TokenInfo>,
+    },
+    Done {
+        choice: usize,
+        end: End,
+    },
+    /// Tokens of the prompt: computed, all, and found in the cache.
+    Progress {
+        done: usize,
+        total: usize,
+        cached: usize,
+    },
+}
+
+/// How an answer ended.
+#[derive(Debug, Clone)]
+struct End {
+    reason: &'static str,
+    /// vLLM's `stop_reason`: which of the request's own stops it was.
+    matched: Value,
 }
 
 impl Answer {
     pub(crate) fn new(form: Form, model: String, tickets: Vec<Ticket>, n: usize, logprobs: bool) -> Self {
-        let thinking = matches!(form, Form::Chat { thinking: true });
         let count = tickets.len() * n;
-        let choice = || ChoiceState { reasoning: ReasoningSplit::new(thinking), begun: false, characters: 0 };
+        let random = RandomState::new();
+        let choice = |i: usize| {
+            let turn = match &form {
+                Form::Chat { format, start } => {
+                    let start = TurnStart { ids: random.hash_one(i), ..*start };
+                    Some(Turn::new(Arc::clone(format), start))
+                }
+                Form::Text { .. } => None,
+            };
+            ChoiceState { turn, begun: false, characters: 0 }
+        };
         let prefix = if matches!(form, Form::Chat { .. }) { "chatcmpl" } else { "cmpl" };
         Self {
-            id: format!("{prefix}-{:016x}", RandomState::new().hash_one(0u8)),
+            id: format!("{prefix}-{:016x}", random.hash_one("id")),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
             model,
             n,
             logprobs,
             open: tickets.len(),
             events: tickets.into_iter().enumerate().map(|(prompt, t)| events(prompt, t)).collect(),
-            choices: (0..count).map(|_| choice()).collect(),
+            choices: (0..count).map(choice).collect(),
             usage: Usage::default(),
+            reasoning_tokens: 0,
             form,
         }
     }
@@ -104,18 +138,29 @@ impl Answer {
             match event {
                 Some(Event::Delta { choice, text, tokens }) => {
                     let choice = prompt * self.n + choice;
-                    let parts = self.choices[choice].split(&self.form, &text);
+                    let parts = self.choices[choice].split(&text, &tokens);
                     if !parts.is_empty() || (self.logprobs && !tokens.is_empty()) {
                         return Some(Ok(vec![Piece::Text { choice, parts, tokens }]));
                     }
                 }
-                Some(Event::Done { choice, reason }) => {
+                Some(Event::Done { choice, reason, matched }) => {
                     let choice = prompt * self.n + choice;
                     let mut pieces = Vec::new();
-                    if let Some(rest) = self.choices[choice].reasoning.finish() {
-                        pieces.push(Piece::Text { choice, parts: vec![rest], tokens: Vec::new() });
+                    let (parts, called) = self.end_turn(choice);
+                    if !parts.is_empty() {
+                        pieces.push(Piece::Text { choice, parts, tokens: Vec::new() });
                     }
-                    pieces.push(Piece::Done { choice, reason });
+                    let reason = match reason {
+                        FinishReason::Stop if called => "tool_calls",
+                        FinishReason::Stop => "stop",
+                        FinishReason::Length => "length",
+                    };
+                    let matched = match matched {
+                        None => Value::Null,
+                        Some(Matched::Token(id)) => id.into(),
+                        Some(Matched::Text(text)) => text.into(),
+                    };
+                    pieces.push(Piece::Done { choice, end: End { reason, matched } });
                     return Some(Ok(pieces));
                 }
                 Some(Event::Finished { usage }) => {
@@ -124,6 +169,11 @@ impl Answer {
                     self.usage.cached_tokens += usage.cached_tokens;
                     self.open -= 1;
                 }
+                // Nobody asked for these.
+                Some(Event::Progress { done, total, cached }) => {
+                    return Some(Ok(vec![Piece::Progress { done, total, cached }]));
+                }
+                Some(Event::PromptLogprobs { .. }) => {}
                 Some(Event::Failed { message }) => return Some(Err(ApiError::failed(message))),
                 None => {
                     return Some(Err(ApiError::failed(
@@ -142,7 +192,8 @@ impl Answer {
             for piece in pieces? {
                 match piece {
                     Piece::Text { choice, parts, tokens } => whole[choice].add(parts, tokens),
-                    Piece::Done { choice, reason } => whole[choice].reason = Some(reason),
+                    Piece::Done { choice, end } => whole[choice].end = Some(end),
+                    Piece::Progress { .. } => {}
                 }
             }
         }
@@ -150,20 +201,19 @@ impl Answer {
             whole.into_iter().enumerate().map(|(i, w)| self.whole_choice(i, w)).collect();
         let object = if self.is_chat() { "chat.completion" } else { "text_completion" };
         let mut answer = self.frame(object, &choices);
-        answer["usage"] = usage_json(&self.usage);
+        answer["usage"] = self.usage_json();
         Ok(answer)
     }
 
     fn whole_choice(&mut self, index: usize, whole: Whole) -> Value {
         let logprobs = if self.logprobs { self.logprobs_json(index, &whole.tokens) } else { Value::Null };
-        let mut choice =
-            json!({"index": index, "logprobs": logprobs, "finish_reason": whole.reason.map(reason_json)});
+        let mut choice = json!({"index": index, "logprobs": logprobs});
+        if let Some(end) = &whole.end {
+            choice["finish_reason"] = end.reason.into();
+            choice["stop_reason"] = end.matched.clone();
+        }
         if self.is_chat() {
-            let mut message = json!({"role": "assistant", "content": whole.content, "refusal": null});
-            if !whole.reasoning.is_empty() {
-                message["reasoning_content"] = whole.reasoning.into();
-            }
-            choice["message"] = message;
+            choice["message"] = whole.message();
         } else {
             choice["text"] = (self.echo(index).to_string() + &whole.content).into();
         }
@@ -198,7 +248,7 @@ impl Answer {
                         s.ended = true;
                         if s.include_usage {
                             let mut last = s.answer.frame(s.answer.chunk_object(), &[]);
-                            last["usage"] = usage_json(&s.answer.usage);
+                            last["usage"] = s.answer.usage_json();
                             s.ready.push_back(sse(&last));
                         }
                         s.ready.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
@@ -212,26 +262,42 @@ impl Answer {
     fn piece_chunks(&mut self, piece: Piece, include_usage: bool, out: &mut VecDeque<Bytes>) {
         let index = match &piece {
             Piece::Text { choice, .. } | Piece::Done { choice, .. } => *choice,
+            Piece::Progress { done, total, cached } => {
+                let mut chunk = self.frame(self.chunk_object(), &[]);
+                chunk["prompt_progress"] = json!({"total": total, "cache": cached, "processed": done});
+                return out.push_back(sse(&chunk));
+            }
         };
         let begins = !std::mem::replace(&mut self.choices[index].begun, true);
-        let mut payloads: Vec<(Value, Vec<TokenInfo>, Option<FinishReason>)> = Vec::new();
+        let mut payloads: Vec<(Value, Vec<TokenInfo>, Option<End>)> = Vec::new();
         if begins && self.is_chat() {
             payloads.push((json!({"role": "assistant", "content": "", "refusal": null}), Vec::new(), None));
         } else if begins && !self.echo(index).is_empty() {
             payloads.push((self.echo(index).into(), Vec::new(), None));
         }
         match piece {
-            Piece::Text { parts, tokens, .. } => payloads.push((self.delta(parts), tokens, None)),
-            Piece::Done { reason, .. } => payloads.push((self.delta(Vec::new()), Vec::new(), Some(reason))),
+            Piece::Text { parts, mut tokens, .. } => {
+                let mut deltas = self.deltas(parts);
+                if deltas.is_empty() {
+                    deltas.push(self.no_delta());
+                }
+                let with_tokens = |delta| (delta, std::mem::take(&mut tokens), None);
+                payloads.extend(deltas.into_iter().map(with_tokens));
+            }
+            Piece::Done { end, .. } => payloads.push((self.no_delta(), Vec::new(), Some(end))),
+            Piece::Progress { .. } => {}
         }
-        for (payload, tokens, reason) in payloads {
+        for (payload, tokens, end) in payloads {
             let logprobs = if self.logprobs && !tokens.is_empty() {
                 self.logprobs_json(index, &tokens)
             } else {
                 Value::Null
             };
-            let mut choice =
-                json!({"index": index, "logprobs": logprobs, "finish_reason": reason.map(reason_json)});
+            let reason = end.as_ref().map(|e| e.reason);
+            let mut choice = json!({"index": index, "logprobs": logprobs, "finish_reason": reason});
+            if let Some(end) = end {
+                choice["stop_reason"] = end.matched;
+            }
             choice[if self.is_chat() { "delta" } else { "text" }] = payload;
             let mut chunk = self.frame(self.chunk_object(), &[choice]);
             if include_usage {
@@ -241,17 +307,39 @@ impl Answer {
         }
     }
 
-    /// `delta` of a chat chunk, or the text of a completion chunk.
-    fn delta(&self, parts: Vec<(Part, String)>) -> Value {
+    /// A `delta` of a chat chunk per part, or the text of a completion chunk.
+    fn deltas(&self, parts: Vec<TurnPart>) -> Vec<Value> {
         if !self.is_chat() {
-            return parts.into_iter().map(|(_, text)| text).collect::<String>().into();
+            return parts.into_iter().map(content).map(Value::from).collect();
         }
-        let mut delta = Map::new();
-        for (part, text) in parts {
-            let key = if part == Part::Reasoning { "reasoning_content" } else { "content" };
-            delta.insert(key.into(), text.into());
+        parts.into_iter().filter_map(delta).collect()
+    }
+
+    fn no_delta(&self) -> Value {
+        if self.is_chat() { json!({}) } else { "".into() }
+    }
+
+    /// Ends a choice's turn: what it held back, and whether it called tools.
+    fn end_turn(&mut self, choice: usize) -> (Vec<TurnPart>, bool) {
+        let mut parts = Vec::new();
+        let Some(turn) = &mut self.choices[choice].turn else { return (parts, false) };
+        turn.finish(&mut parts);
+        self.reasoning_tokens += turn.reasoning_tokens();
+        (parts, turn.calls() > 0)
+    }
+
+    fn usage_json(&self) -> Value {
+        let usage = &self.usage;
+        let mut json = json!({
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        });
+        if self.is_chat() {
+            json["completion_tokens_details"] = json!({"reasoning_tokens": self.reasoning_tokens});
         }
-        delta.into()
+        json
     }
 
     fn frame(&self, object: &str, choices: &[Value]) -> Value {
@@ -303,13 +391,22 @@ impl Answer {
 }
 
 impl ChoiceState {
-    /// Thinking and answer of a chat; a completion's text is as the model wrote it.
-    fn split(&mut self, form: &Form, text: &str) -> Vec<(Part, String)> {
-        match form {
-            Form::Chat { .. } => self.reasoning.push(text),
-            Form::Text { .. } if text.is_empty() => Vec::new(),
-            Form::Text { .. } => vec![(Part::Content, text.to_string())],
+    /// The parts of a chat's turn, or a completion's text.
+    fn split(&mut self, text: &str, tokens: &[TokenInfo]) -> Vec<TurnPart> {
+        let mut parts = Vec::new();
+        match &mut self.turn {
+            None if text.is_empty() => {}
+            None => parts.push(TurnPart::Content(text.into())),
+            Some(turn) => {
+                let mut taken = 0;
+                for token in tokens {
+                    turn.push(token.id, &token.text, &mut parts);
+                    taken += token.text.len();
+                }
+                turn.push_text(text.get(taken..).unwrap_or_default(), &mut parts);
+            }
         }
+        parts
     }
 }
 
@@ -318,19 +415,80 @@ impl ChoiceState {
 struct Whole {
     content: String,
     reasoning: String,
+    calls: Vec<Call>,
     tokens: Vec<TokenInfo>,
-    reason: Option<FinishReason>,
+    end: Option<End>,
+}
+
+struct Call {
+    id: String,
+    name: String,
+    arguments: String,
 }
 
 impl Whole {
-    fn add(&mut self, parts: Vec<(Part, String)>, tokens: Vec<TokenInfo>) {
-        for (part, text) in parts {
+    fn add(&mut self, parts: Vec<TurnPart>, tokens: Vec<TokenInfo>) {
+        for part in parts {
             match part {
-                Part::Content => self.content.push_str(&text),
-                Part::Reasoning => self.reasoning.push_str(&text),
+                TurnPart::Content(text) => self.content.push_str(&text),
+                TurnPart::Reasoning(text) => self.reasoning.push_str(&text),
+                TurnPart::CallBegin { id, name, .. } => {
+                    self.calls.push(Call { id, name, arguments: String::new() });
+                }
+                TurnPart::Arguments { text, .. } => {
+                    if let Some(call) = self.calls.last_mut() {
+                        call.arguments.push_str(&text);
+                    }
+                }
+                TurnPart::CallEnd { .. } => {}
             }
         }
         self.tokens.extend(tokens);
+    }
+
+    /// `message` of a chat answer.
+    fn message(self) -> Value {
+        let mut message = json!({"role": "assistant", "content": self.content, "refusal": null});
+        if !self.reasoning.is_empty() {
+            message["reasoning"] = self.reasoning.as_str().into();
+            message["reasoning_content"] = self.reasoning.into();
+        }
+        if !self.calls.is_empty() {
+            if self.content.is_empty() {
+                message["content"] = Value::Null;
+            }
+            let call = |c: Call| {
+                let function = json!({"name": c.name, "arguments": c.arguments});
+                json!({"id": c.id, "type": "function", "function": function})
+            };
+            message["tool_calls"] = self.calls.into_iter().map(call).collect();
+        }
+        message
+    }
+}
+
+/// `delta` of a chat chunk. Thinking goes by both of the names that clients look for.
+fn delta(part: TurnPart) -> Option<Value> {
+    let call = |index: usize, rest: Value| {
+        let mut call = rest;
+        call["index"] = index.into();
+        Some(json!({"tool_calls": [call]}))
+    };
+    match part {
+        TurnPart::Content(text) => Some(json!({"content": text})),
+        TurnPart::Reasoning(text) => Some(json!({"reasoning_content": text, "reasoning": text})),
+        TurnPart::CallBegin { index, id, name } => {
+            call(index, json!({"id": id, "type": "function", "function": {"name": name, "arguments": ""}}))
+        }
+        TurnPart::Arguments { index, text } => call(index, json!({"function": {"arguments": text}})),
+        TurnPart::CallEnd { .. } => None,
+    }
+}
+
+fn content(part: TurnPart) -> String {
+    match part {
+        TurnPart::Content(text) => text,
+        _ => String::new(),
     }
 }
 
@@ -339,7 +497,7 @@ fn events(prompt: usize, ticket: Ticket) -> BoxStream<'static, (usize, Option<Ev
     unfold(Some(ticket), move |ticket| async move {
         let mut ticket = ticket?;
         let event = ticket.next().await;
-        let last = !matches!(event, Some(Event::Delta { .. } | Event::Done { .. }));
+        let last = matches!(event, None | Some(Event::Finished { .. } | Event::Failed { .. }));
         Some(((prompt, event), (!last).then_some(ticket)))
     })
     .boxed()
@@ -347,22 +505,6 @@ fn events(prompt: usize, ticket: Ticket) -> BoxStream<'static, (usize, Option<Ev
 
 fn sse(value: &Value) -> Bytes {
     Bytes::from(format!("data: {value}\n\n"))
-}
-
-fn reason_json(reason: FinishReason) -> &'static str {
-    match reason {
-        FinishReason::Stop => "stop",
-        FinishReason::Length => "length",
-    }
-}
-
-fn usage_json(usage: &Usage) -> Value {
-    json!({
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    })
 }
 
 fn text(bytes: &[u8]) -> String {

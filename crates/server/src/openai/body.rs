@@ -6,9 +6,10 @@ use axum::{
 };
 use bytes::Bytes;
 
+use super::depth;
 use crate::{
     error::ApiError,
-    limits::{BODY_BYTES_MAX, BODY_SECONDS_MAX},
+    limits::{BODY_BYTES_MAX, BODY_SECONDS_MAX, JSON_DEPTH_MAX},
 };
 
 /// Reads the body of a JSON request.
@@ -30,6 +31,9 @@ pub(crate) async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, ApiEr
         Err(_) => Err(ApiError::body_too_slow()),
         // A client that broke off does not read the answer, so every error may mean the size.
         Ok(Err(_)) => Err(ApiError::body_too_large(BODY_BYTES_MAX)),
-        Ok(Ok(bytes)) => Ok(bytes),
+        Ok(Ok(bytes)) if depth::is_within(&bytes, JSON_DEPTH_MAX) => Ok(bytes),
+        Ok(Ok(_)) => Err(ApiError::body(format!(
+            "the body has more than {JSON_DEPTH_MAX} objects and lists inside of each other"
+        ))),
     }
 }

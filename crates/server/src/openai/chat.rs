@@ -3,25 +3,32 @@
 use std::sync::Arc;
 
 use axum::{body::Body, extract::State, http::HeaderMap, response::Response};
+use oxseek_constrain::CallRules;
 use oxseek_engine::{Request, ValidRequest};
-use oxseek_text::guard_messages;
-use serde_json::{Map, Value, json};
+use oxseek_text::{TurnStart, guard_messages, guard_value};
+use serde_json::{Value, json};
 
 use super::{
     answer::{Answer, Form},
     body,
-    fields::{Fields, wrong},
+    constraint::Rules,
+    fields::Fields,
+    formats::{Format, refused},
+    messages::{Messages, messages},
     parameters::{Streaming, check_model, either, generation, neutral, streaming},
+    thinking::Thinking,
+    tools::{Choice, Tools},
 };
 use crate::{
+    caller::Caller,
     error::ApiError,
-    limits::MESSAGES_MAX,
     state::{AppState, Model},
 };
 
 /// Answers a conversation.
 pub(crate) async fn chat_completions(
     State(state): State<AppState>,
+    caller: Caller,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
@@ -31,8 +38,8 @@ pub(crate) async fn chat_completions(
         let model = Arc::clone(&model);
         state.prepare(move || prepare(&model, &body)).await?
     };
-    let ticket = model.engine.submit(prepared.request)?;
-    let form = Form::Chat { thinking: prepared.thinking };
+    let ticket = caller.submit(&model, prepared.request)?;
+    let form = Form::Chat { format: Arc::clone(&model.dialect.format), start: prepared.start };
     let answer = Answer::new(form, model.name.clone(), vec![ticket], prepared.n, prepared.logprobs);
     answer.respond(prepared.streaming).await
 }
@@ -41,9 +48,13 @@ struct Prepared {
     request: ValidRequest,
     n: usize,
     logprobs: bool,
-    /// The prompt ends inside of the model's thinking.
-    thinking: bool,
+    start: TurnStart,
     streaming: Streaming,
+}
+
+/// Reads a body without asking the engine.
+pub(crate) fn check(model: &Model, body: &[u8]) -> Result<(), ApiError> {
+    prepare(model, body).map(drop)
 }
 
 /// From a body to a request that the engine takes.
@@ -55,17 +66,12 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
     request.max_tokens = either(&mut fields, "max_completion_tokens", "max_tokens", Fields::count)?;
     request.logprobs = logprobs(&mut fields, model)?;
     let streaming = streaming(&mut fields)?;
-    let messages = messages(&mut fields)?;
-    let mut extra = fields.object("chat_template_kwargs")?.unwrap_or_default();
-    // DeepSeek-V3.1 asks for it by this name, others by the second one; a template takes the one that it knows.
-    if let Some(thinking) = extra.get("thinking").or(extra.get("enable_thinking")).cloned() {
-        extra.entry("thinking").or_insert_with(|| thinking.clone());
-        extra.entry("enable_thinking").or_insert(thinking);
-    }
+    request.progress = streaming.progress;
+    let conversation = Conversation::take(&mut fields, model)?;
     unsupported(&mut fields)?;
     neutral(&mut fields)?;
     fields.finish()?;
-    let thinking = render(model, &messages, &extra, &mut request)?;
+    let start = conversation.apply(model, &mut request)?;
     let (n, logprobs) = (request.n, request.logprobs.is_some());
     let named = |field| match field {
         "prompt" => "messages",
@@ -74,23 +80,169 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
     };
     let request =
         request.validate(model.engine.limits()).map_err(|e| ApiError::refused(named(e.field), &e))?;
-    Ok(Prepared { request, n, logprobs, thinking, streaming })
+    Ok(Prepared { request, n, logprobs, start, streaming })
 }
 
-/// Renders the conversation into the request's prompt; answers whether it ends inside of thinking.
-fn render(
-    model: &Model,
-    messages: &[Value],
-    extra: &Map<String, Value>,
-    request: &mut Request,
-) -> Result<bool, ApiError> {
-    let no_template = "this model has no chat template; use /v1/completions";
-    let template = model.template.as_ref().ok_or_else(|| ApiError::unsupported("messages", no_template))?;
-    let tokenizer = model.engine.tokenizer();
-    let messages = guard_messages(messages, tokenizer);
-    let rendered = template.render(&messages, None, true, &model.bos, &model.eos, extra)?;
-    request.prompt = tokenizer.encode_rendered(&rendered)?;
-    Ok(rendered.trim_end().ends_with("<think>"))
+/// Messages, tools and thinking: what a chat says, whichever door it came through.
+#[derive(Debug)]
+pub(crate) struct Conversation {
+    pub(crate) messages: Messages,
+    pub(crate) tools: Tools,
+    pub(crate) thinking: Thinking,
+    /// The form of the answer.
+    pub(crate) format: Option<Format>,
+}
+
+impl Conversation {
+    /// Takes what a prompt is made of.
+    pub(crate) fn take(fields: &mut Fields, model: &Model) -> Result<Self, ApiError> {
+        let mut messages = messages(fields, model.dialect.arguments)?;
+        if fields.boolean("continue_final_message")?.unwrap_or(false) {
+            if messages.list.last().is_none_or(|m| m["role"] != "assistant") {
+                return Err(ApiError::invalid(
+                    "continue_final_message",
+                    "the last message is no assistant's",
+                ));
+            }
+            messages.prefix = true;
+        }
+        // vLLM wants it to be false with the field before.
+        if fields.boolean("add_generation_prompt")?.is_some_and(|add| add == messages.prefix) {
+            let why = "contradicts the end of messages";
+            return Err(ApiError::invalid("add_generation_prompt", why));
+        }
+        let tools = Tools::take(fields)?;
+        let thinking = Thinking::take(fields, &model.dialect)?;
+        let format = Format::take(fields)?;
+        Ok(Self { messages, tools, thinking, format })
+    }
+
+    /// Makes the request's prompt, and bans what the tools forbid; answers what the turn begins with.
+    pub(crate) fn apply(&self, model: &Model, request: &mut Request) -> Result<TurnStart, ApiError> {
+        self.check_tools(model)?;
+        let (prompt, thinking) = self.render(model)?;
+        self.thinking.check(&model.dialect, thinking)?;
+        request.prompt = prompt;
+        if let Some(id) = model.dialect.format.calls_begin_id().filter(|_| self.tools.choice == Choice::None)
+        {
+            // -100 bans a token.
+            request.sampling.logit_bias.retain(|(token, _)| *token != id);
+            request.sampling.logit_bias.push((id, -100.0));
+        }
+        request.grammar = self.rules(model, thinking)?.into_grammar();
+        Ok(TurnStart { thinking, calls: self.tools.callable(), ids: 0 })
+    }
+
+    /// What the answer is held to.
+    fn rules(&self, model: &Model, thinking: bool) -> Result<Rules, ApiError> {
+        let dialect = &model.dialect;
+        let mut rules = dialect.rules(model);
+        rules.thinking = thinking;
+        rules.thinking_tokens_max = self.thinking.tokens_max;
+        let forced = matches!(self.tools.choice, Choice::Required | Choice::Named(_));
+        let held =
+            self.tools.callable() && (!self.tools.parallel || self.tools.list.iter().any(|t| t.strict));
+        let format = self.format.as_ref().filter(|_| !forced);
+        if !(forced || held || format.is_some()) {
+            return Ok(rules);
+        }
+        if thinking && rules.think_close.is_none() {
+            let why = "needs a model whose closing think tag is one token, while it thinks";
+            let param = format.map_or("tools", |f| f.param);
+            return Err(ApiError::unsupported(param, why));
+        }
+        let grammars = dialect.grammars(model)?;
+        let calls = self.tools.callable().then(|| self.call_rules(model, forced)).flatten();
+        let compiled = match (format, &calls) {
+            (None, Some(calls)) if !forced => {
+                let why = "this model's calls do not begin with a token of their own";
+                rules.behind =
+                    Some(dialect.format.calls_begin_id().ok_or_else(|| ApiError::unsupported("tools", why))?);
+                grammars.compile_rest(calls)
+            }
+            (format, calls) => grammars.compile(format.map(|f| &f.rule), calls.as_ref()),
+        };
+        rules.grammar = Some(compiled.map_err(|e| {
+            let tools_alone = calls.as_ref().map(|c| grammars.compile(None, Some(c)).is_ok());
+            let param =
+                if tools_alone == Some(false) { "tools" } else { format.map_or("tools", |f| f.param) };
+            refused(param, &e)
+        })?);
+        Ok(rules)
+    }
+
+    /// The calls that the turn may hold. Who must call keeps to the schemas; else strict tools do.
+    fn call_rules(&self, model: &Model, forced: bool) -> Option<CallRules> {
+        let chosen = |i: usize| !matches!(self.tools.choice, Choice::Named(n) if n != i);
+        let tools = self.tools.list.iter().enumerate().filter(|(i, _)| chosen(*i)).map(|(_, tool)| {
+            let schema =
+                if tool.strict || forced { tool.parameters.clone() } else { json!({"type": "object"}) };
+            (tool.name.clone(), schema)
+        });
+        let earlier =
+            self.messages.list.iter().filter_map(|m| m["tool_calls"].as_array()).map(Vec::len).sum();
+        let many = self.tools.parallel && !matches!(self.tools.choice, Choice::Named(_));
+        Some(CallRules { style: model.dialect.format.calls()?, tools: tools.collect(), many, earlier })
+    }
+
+    fn check_tools(&self, model: &Model) -> Result<(), ApiError> {
+        if !self.tools.list.is_empty() && model.dialect.format.calls().is_none() {
+            let why = "this model's template and tokens show no way to call tools that this server knows";
+            return Err(ApiError::unsupported("tools", why));
+        }
+        Ok(())
+    }
+
+    /// The prompt's tokens, and whether it ends inside of thinking.
+    fn render(&self, model: &Model) -> Result<(Vec<u32>, bool), ApiError> {
+        let no_template = "this model has no chat template; use /v1/completions";
+        let template =
+            model.template.as_ref().ok_or_else(|| ApiError::unsupported("messages", no_template))?;
+        let tokenizer = model.engine.tokenizer();
+        let mut messages = guard_messages(&self.messages.list, tokenizer);
+        let prefix = self.messages.prefix.then(|| messages.pop()).flatten();
+        let mut tools: Vec<Value> = self.tools.declared.clone();
+        tools.iter_mut().for_each(|t| guard_value(t, tokenizer));
+        if !tools.is_empty() && !model.dialect.declares_tools {
+            declare(&mut messages, &model.dialect.declaration(&tools));
+        }
+        let tools = Value::from(tools);
+        let shown = tools.as_array().is_some_and(|t| !t.is_empty()).then_some(&tools);
+        let extra = &self.thinking.extra;
+        let mut text = template.render(&messages, shown, true, &model.bos, &model.eos, extra)?;
+        if let Some(prefix) = prefix {
+            continue_answer(&mut text, &prefix);
+        }
+        let thinking = text.trim_end().ends_with("<think>")
+            || text.rfind("<think>").is_some_and(|open| {
+                self.messages.prefix && text.rfind("</think>").is_none_or(|close| close < open)
+            });
+        Ok((tokenizer.encode_rendered(&text)?, thinking))
+    }
+}
+
+/// Puts the tools into the system message, which is made when there is none.
+fn declare(messages: &mut Vec<Value>, declaration: &str) {
+    match messages.iter_mut().find(|m| m["role"] == "system") {
+        Some(system) => {
+            let text = system["content"].as_str().unwrap_or_default();
+            system["content"] = format!("{text}\n\n{declaration}").into();
+        }
+        None => messages.insert(0, json!({"role": "system", "content": declaration})),
+    }
+}
+
+/// Appends the beginning of an answer to a prompt that ends where answers begin.
+fn continue_answer(text: &mut String, message: &Value) {
+    let content = message["content"].as_str().unwrap_or_default();
+    if text.trim_end().ends_with("<think>") {
+        *text += message["reasoning_content"].as_str().unwrap_or_default();
+        // With an answer begun the thinking is over; without one it goes on.
+        if !content.is_empty() {
+            *text += "</think>";
+        }
+    }
+    *text += content;
 }
 
 /// `logprobs` and `top_logprobs`.
@@ -110,93 +262,8 @@ fn logprobs(fields: &mut Fields, model: &Model) -> Result<Option<usize>, ApiErro
 
 /// Parts of OpenAI's chat API that this server does not have. Values that ask for nothing are fine.
 fn unsupported(fields: &mut Fields) -> Result<(), ApiError> {
-    fields.only("tools", &[json!([])])?;
-    fields.only("tool_choice", &[json!("none"), json!("auto")])?;
-    fields.boolean("parallel_tool_calls")?;
     fields.only("functions", &[json!([])])?;
     fields.only("function_call", &[json!("none"), json!("auto")])?;
     fields.only("modalities", &[json!(["text"])])?;
-    fields.only("verbosity", &[json!("medium")])?;
-    if let Some(format) = fields.take("response_format") {
-        let mut format = Fields::nested(format, "response_format")?;
-        format.only("type", &[json!("text")])?;
-        format.finish()?;
-    }
-    Ok(())
-}
-
-/// The conversation, in the plain form that templates read: every content is one string.
-fn messages(fields: &mut Fields) -> Result<Vec<Value>, ApiError> {
-    let list = fields.list("messages")?.ok_or_else(|| ApiError::invalid("messages", "is missing"))?;
-    if list.is_empty() {
-        return Err(ApiError::invalid("messages", "must hold at least one message"));
-    }
-    if list.len() > MESSAGES_MAX {
-        return Err(ApiError::invalid(
-            "messages",
-            format!("has {} messages, at most {MESSAGES_MAX}", list.len()),
-        ));
-    }
-    list.into_iter().enumerate().map(|(i, m)| message(m, &format!("messages[{i}]"))).collect()
-}
-
-fn message(value: Value, path: &str) -> Result<Value, ApiError> {
-    let mut fields = Fields::nested(value, path)?;
-    let role = fields.string("role")?.ok_or_else(|| ApiError::invalid(fields.name("role"), "is missing"))?;
-    let role = match role.as_str() {
-        // OpenAI's newer name of the same thing.
-        "system" | "developer" => "system",
-        "user" => "user",
-        "assistant" => "assistant",
-        "tool" | "function" => {
-            return Err(ApiError::unsupported(fields.name("role"), "tools are not supported"));
-        }
-        _ => {
-            let roles = "must be system, developer, user or assistant";
-            return Err(ApiError::invalid(fields.name("role"), roles));
-        }
-    };
-    let content = content(&mut fields)?;
-    let name = fields.string("name")?;
-    // What comes back when an answer of ours is sent again as it was.
-    fields.only("refusal", &[])?;
-    fields.only("audio", &[])?;
-    fields.only("function_call", &[])?;
-    fields.only("tool_calls", &[json!([])])?;
-    fields.list("annotations")?;
-    // Earlier thinking is not part of a conversation (DeepSeek's API).
-    fields.string("reasoning_content")?;
-    fields.finish()?;
-    let mut message = json!({"role": role, "content": content});
-    if let Some(name) = name {
-        message["name"] = name.into();
-    }
-    Ok(message)
-}
-
-/// A message's text: a string, or a list of text parts.
-fn content(fields: &mut Fields) -> Result<String, ApiError> {
-    let name = fields.name("content");
-    match fields.take("content") {
-        Some(Value::String(text)) => Ok(text),
-        Some(Value::Array(parts)) => {
-            parts.into_iter().enumerate().map(|(i, p)| text_part(p, &format!("{name}[{i}]"))).collect()
-        }
-        None => Err(ApiError::invalid(name, "is missing")),
-        Some(other) => Err(wrong(&name, "a string or a list of parts", &other)),
-    }
-}
-
-fn text_part(value: Value, path: &str) -> Result<String, ApiError> {
-    let mut fields = Fields::nested(value, path)?;
-    match fields.string("type")?.as_deref() {
-        Some("text") => {}
-        Some(kind @ ("image_url" | "input_audio" | "file" | "refusal" | "video_url")) => {
-            return Err(ApiError::unsupported(path, format!("{kind} parts are not supported, only text")));
-        }
-        _ => return Err(ApiError::invalid(format!("{path}.type"), "must be \"text\"")),
-    }
-    let text = fields.string("text")?.ok_or_else(|| ApiError::invalid(fields.name("text"), "is missing"))?;
-    fields.finish()?;
-    Ok(text)
+    fields.only("verbosity", &[json!("medium")])
 }

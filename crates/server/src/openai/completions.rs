@@ -11,9 +11,11 @@ use super::{
     answer::{Answer, Form},
     body,
     fields::{Fields, wrong},
+    formats::{Format, refused},
     parameters::{Streaming, check_model, either, generation, neutral, streaming, token_ids},
 };
 use crate::{
+    caller::Caller,
     error::ApiError,
     limits::PROMPTS_MAX,
     state::{AppState, Model},
@@ -25,6 +27,7 @@ const MAX_TOKENS_DEFAULT: usize = 16;
 /// Continues texts.
 pub(crate) async fn completions(
     State(state): State<AppState>,
+    caller: Caller,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
@@ -35,7 +38,8 @@ pub(crate) async fn completions(
         state.prepare(move || prepare(&model, &body)).await?
     };
     // One that does not find a place any more takes the others with it: their tickets are dropped.
-    let tickets: Result<Vec<_>, _> = prepared.requests.into_iter().map(|r| model.engine.submit(r)).collect();
+    let tickets: Result<Vec<_>, _> =
+        prepared.requests.into_iter().map(|r| caller.submit(&model, r)).collect();
     let form = Form::Text { echo: prepared.echo };
     let answer = Answer::new(form, model.name.clone(), tickets?, prepared.n, prepared.logprobs);
     answer.respond(prepared.streaming).await
@@ -48,6 +52,11 @@ struct Prepared {
     /// Texts to put before the answers, one per prompt; none without `echo`.
     echo: Vec<String>,
     streaming: Streaming,
+}
+
+/// Reads a body without asking the engine.
+pub(crate) fn check(model: &Model, body: &[u8]) -> Result<(), ApiError> {
+    prepare(model, body).map(drop)
 }
 
 /// From a body to requests that the engine takes, one per prompt.
@@ -64,17 +73,25 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
         return Err(ApiError::unsupported("logprobs", "together with echo is not supported"));
     }
     fields.only("best_of", &[json!(request.n)])?;
-    fields.only("suffix", &[json!("")])?;
+    let suffix = fields.string("suffix")?.filter(|s| !s.is_empty());
+    let format = Format::take(&mut fields)?;
     let streaming = streaming(&mut fields)?;
+    request.progress = streaming.progress;
     let prompts = prompts(&mut fields)?;
     neutral(&mut fields)?;
     fields.finish()?;
+    if let Some(Format { rule, param }) = &format {
+        let mut rules = model.dialect.rules(model);
+        let compiled = model.dialect.grammars(model)?.compile(Some(rule), None);
+        rules.grammar = Some(compiled.map_err(|e| refused(param, &e))?);
+        request.grammar = rules.into_grammar();
+    }
     let (n, logprobs) = (request.n, request.logprobs.is_some());
     let echo = prompts.iter().filter(|_| echo).map(|p| p.text(model)).collect();
     let requests = prompts
         .into_iter()
         .map(|p| {
-            let request = Request { prompt: p.tokens(model)?, ..request.clone() };
+            let request = Request { prompt: p.tokens(model, suffix.as_deref())?, ..request.clone() };
             request.validate(model.engine.limits()).map_err(ApiError::from)
         })
         .collect::<Result<_, _>>()?;
@@ -87,20 +104,35 @@ enum Prompt {
 }
 
 impl Prompt {
-    /// Who sends a text prompt writes the control tokens that it needs; only the one that begins a text is added.
-    fn tokens(self, model: &Model) -> Result<Vec<u32>, ApiError> {
+    /// Who sends a text prompt writes the control tokens that it needs; only the one that begins a text is added, and
+    /// those around a hole that is to be filled before `suffix`.
+    fn tokens(self, model: &Model, suffix: Option<&str>) -> Result<Vec<u32>, ApiError> {
         let tokenizer = model.engine.tokenizer();
-        match self {
-            Self::Tokens(ids) => Ok(ids),
-            Self::Text(text) => {
-                let begins = text.starts_with(&model.bos);
-                let mut ids: Vec<u32> =
-                    tokenizer.token_id(&model.bos).filter(|_| !begins).into_iter().collect();
-                let encoded = tokenizer.encode(&text, ControlTokens::Parse);
-                ids.extend(encoded.map_err(|e| ApiError::invalid("prompt", e.to_string()))?);
-                Ok(ids)
-            }
-        }
+        let encode = |text: &str| {
+            let encoded = tokenizer.encode(text, ControlTokens::Parse);
+            encoded.map_err(|e| ApiError::invalid("prompt", e.to_string()))
+        };
+        let begin = tokenizer.token_id(&model.bos);
+        let mut ids: Vec<u32> = match &self {
+            Self::Tokens(_) if suffix.is_none() => Vec::new(),
+            Self::Text(text) if text.starts_with(&model.bos) => Vec::new(),
+            _ => begin.into_iter().collect(),
+        };
+        let prompt = match self {
+            Self::Tokens(ids) => ids,
+            Self::Text(text) => encode(&text)?,
+        };
+        let Some(suffix) = suffix else {
+            ids.extend(prompt);
+            return Ok(ids);
+        };
+        let [before, hole, after] = fill_tokens(model)?;
+        ids.push(before);
+        ids.extend(prompt);
+        ids.push(hole);
+        ids.extend(encode(suffix)?);
+        ids.push(after);
+        Ok(ids)
     }
 
     fn text(&self, model: &Model) -> String {
@@ -108,6 +140,16 @@ impl Prompt {
             Self::Text(text) => text.clone(),
             Self::Tokens(ids) => model.engine.tokenizer().decode(ids),
         }
+    }
+}
+
+/// DeepSeek's tokens around a hole in a text: before the text, at the hole, at the end.
+fn fill_tokens(model: &Model) -> Result<[u32; 3], ApiError> {
+    let names = ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"];
+    let ids = names.map(|name| model.engine.tokenizer().token_id(name));
+    match ids {
+        [Some(before), Some(hole), Some(after)] => Ok([before, hole, after]),
+        _ => Err(ApiError::unsupported("suffix", "this model has no tokens to fill a hole in a text")),
     }
 }
 

@@ -11,6 +11,8 @@ use crate::{error::ApiError, state::Model};
 pub(crate) struct Streaming {
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
+    /// Tell how far the prompt is, as llama.cpp does.
+    pub(crate) progress: bool,
 }
 
 /// `model`: any other name than the served one is an error, so that nobody talks to a model unknowingly.
@@ -21,11 +23,15 @@ pub(crate) fn check_model(fields: &mut Fields, model: &Model) -> Result<(), ApiE
     }
 }
 
-/// `stream` and `stream_options`.
+/// `stream`, `stream_options` and llama.cpp's `return_progress`.
 pub(crate) fn streaming(fields: &mut Fields) -> Result<Streaming, ApiError> {
     let stream = fields.boolean("stream")?.unwrap_or(false);
+    let progress = fields.boolean("return_progress")?.unwrap_or(false);
+    if progress && !stream {
+        return Err(ApiError::invalid("return_progress", "needs stream: true"));
+    }
     let Some(options) = fields.take("stream_options") else {
-        return Ok(Streaming { stream, include_usage: false });
+        return Ok(Streaming { stream, include_usage: false, progress });
     };
     if !stream {
         return Err(ApiError::invalid("stream_options", "needs stream: true"));
@@ -34,7 +40,7 @@ pub(crate) fn streaming(fields: &mut Fields) -> Result<Streaming, ApiError> {
     let include_usage = options.boolean("include_usage")?.unwrap_or(false);
     options.only("include_obfuscation", &[json!(false)])?;
     options.finish()?;
-    Ok(Streaming { stream, include_usage })
+    Ok(Streaming { stream, include_usage, progress })
 }
 
 /// Everything about choosing tokens and ending answers; `request` comes with the model's defaults.
@@ -53,6 +59,7 @@ pub(crate) fn generation(fields: &mut Fields, request: &mut Request) -> Result<(
     s.logit_bias = logit_bias(fields)?;
     s.seed = fields.whole("seed")?;
     request.n = fields.count("n")?.unwrap_or(1);
+    request.min_tokens = fields.count("min_tokens")?.unwrap_or(0);
     request.stop = stop(fields)?;
     request.stop_tokens = token_ids(&fields.list("stop_token_ids")?.unwrap_or_default(), "stop_token_ids")?;
     request.ignore_eos = fields.boolean("ignore_eos")?.unwrap_or(false);

@@ -12,7 +12,7 @@ use std::{
 use oxseek_backend_cpu::{CpuBackend, CpuOptions};
 use oxseek_engine::{Engine, EngineHandle, EngineOptions, Sampling};
 use oxseek_model::{DeepSeek, LoadOptions, kv::blocks_for};
-use oxseek_server::{AppState, Model};
+use oxseek_server::{AppState, Dialect, Model, ServerOptions};
 use oxseek_tensor::CacheFormat;
 use oxseek_text::{ChatTemplate, Tokenizer};
 use oxseek_weights::Checkpoint;
@@ -33,10 +33,15 @@ pub struct Server {
 impl Server {
     /// A server whose model is not there yet.
     pub fn loading() -> Self {
+        Self::with(ServerOptions::default())
+    }
+
+    /// As [`Server::loading`], set up as told.
+    pub fn with(options: ServerOptions) -> Self {
         let runtime = Runtime::new().unwrap();
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
         let address = listener.local_addr().unwrap();
-        let state = AppState::loading();
+        let state = AppState::new(options);
         let (stop, stopped) = oneshot::channel();
         let running = runtime.spawn(oxseek_server::serve(listener, state.clone(), async {
             let _ = stopped.await;
@@ -78,10 +83,12 @@ impl Server {
         };
         let (bos, eos) = (tokenizer.decode(&[bos]), tokenizer.decode(&[eos]));
         let engine = Engine::start(Box::new(model), Arc::new(tokenizer), engine_options);
+        let template = ChatTemplate::from_files(tokenizer_config, None).unwrap();
         self.state.ready(Model {
             name: "oxseek-demo".into(),
+            dialect: Dialect::new(template.as_ref(), engine.tokenizer()),
             engine: engine.clone(),
-            template: ChatTemplate::from_files(tokenizer_config, None).unwrap(),
+            template,
             bos,
             eos,
             sampling: Sampling::default(),
@@ -113,9 +120,39 @@ impl Server {
         self.raw(format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").as_bytes())
     }
 
+    /// As [`Server::get`], with lines of headers that end in CR LF.
+    pub fn get_with(&self, path: &str, headers: &str) -> Answer {
+        let head = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{headers}\r\n");
+        self.raw(head.as_bytes())
+    }
+
+    /// As [`Server::post`], with lines of headers that end in CR LF.
+    pub fn post_with(&self, path: &str, headers: &str, body: &[u8]) -> Answer {
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n\
+             {headers}content-length: {}\r\n\r\n",
+            body.len()
+        );
+        self.raw(&[head.as_bytes(), body].concat())
+    }
+
+    /// The first value of a metric, whatever its labels.
+    pub fn metric(&self, name: &str, headers: &str) -> f64 {
+        let answer = self.get_with("/metrics", headers);
+        assert_eq!(answer.status, 200, "{answer:?}");
+        let row = answer.body.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("{name}"));
+        row.rsplit_once(' ').unwrap().1.parse().unwrap()
+    }
+
     /// Tells the server to stop; answers how it ended.
     pub fn stop(mut self) -> std::io::Result<()> {
         let _ = self.stop.take().unwrap().send(());
+        let running = self.running.take().unwrap();
+        self.runtime.as_ref().unwrap().block_on(running).unwrap()
+    }
+
+    /// Waits for the end of a server that was told to stop.
+    pub fn ended(&mut self) -> std::io::Result<()> {
         let running = self.running.take().unwrap();
         self.runtime.as_ref().unwrap().block_on(running).unwrap()
     }
@@ -160,6 +197,11 @@ impl Answer {
             body.to_string()
         };
         Self { status, head: head.to_ascii_lowercase(), body }
+    }
+
+    /// A header's value; names in lower case.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(": "))
     }
 
     pub fn json(&self) -> Value {

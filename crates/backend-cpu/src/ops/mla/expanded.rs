@@ -2,6 +2,8 @@
 //!
 //! Keys and values of a chunk of positions are made once per head and step, and used by all rows of the segment.
 
+use std::ops::Range;
+
 use oxseek_tensor::{
     backend::{BLOCK_TOKENS, Segment},
     dtype::bf16_to_f32,
@@ -12,15 +14,56 @@ use crate::{
     kv_b::Panels,
     memory::Scratch,
     packed::{GROUP_ROWS, RUN, Rounding},
-    simd::attention::{AttendChunk, Bf16Rows, CHUNK, DotRows, scratch_len},
+    simd::attention::{AttendChunk, CHUNK, DotRows, RowRuns, scratch_len},
 };
 
 /// Rows that pass over a chunk together.
 const TOGETHER: usize = 2 * GROUP_ROWS;
 
-/// Words of a row of `cols` BF16 in whole runs.
+/// Words of a row of `cols` BF16 in whole vectors: rows closer together than whole runs use all sets of a cache.
 fn row_words(cols: usize) -> usize {
-    cols.next_multiple_of(RUN) / 2
+    cols.next_multiple_of(32) / 2
+}
+
+/// Words that rounding may write beyond a row, to the end of a run. The next row is made after it.
+const BEYOND: usize = RUN / 2;
+
+/// Positions whose keys and values are made at a time: a part of the L2 cache.
+const SPAN: usize = 4 * CHUNK;
+/// A part of a segment has at least so many rows: each part makes all keys and values anew.
+const PART_ROWS_MIN: usize = 128;
+
+/// At most `parts` parts of a segment, the last first: it sees most. A row's result does not depend on its part.
+pub(super) fn divide(segment: &Segment, parts: usize) -> impl Iterator<Item = Segment> {
+    let parts = parts.min(segment.rows / PART_ROWS_MIN).max(1);
+    let each = segment.rows.div_ceil(parts).next_multiple_of(TOGETHER);
+    let segment = *segment;
+    (0..segment.rows).step_by(each).rev().map(move |from| Segment {
+        row: segment.row + from,
+        rows: each.min(segment.rows - from),
+        start: segment.start + from,
+        ..segment
+    })
+}
+
+/// The rows of a segment while they pass over the positions.
+struct Passing<'a> {
+    queries: &'a [f32],
+    /// Pairs of a query.
+    units: usize,
+    maxima: &'a mut [f32],
+    sums: &'a mut [f32],
+    o: &'a mut [f32],
+    /// Values of a row of `o`.
+    width: usize,
+    scratch: &'a mut [f32],
+}
+
+/// Keys and values of some positions, for one head.
+struct Span<'a> {
+    keys: &'a [f32],
+    values: &'a [f32],
+    positions: Range<usize>,
 }
 
 impl Native<'_> {
@@ -29,60 +72,94 @@ impl Native<'_> {
         let (key, value) = (self.shape.nope + self.shape.rope, self.shape.value);
         let (units, width) = (key.div_ceil(2), value.next_multiple_of(32));
         let rows = segment.rows.next_multiple_of(GROUP_ROWS);
-        let (keys_len, values_len) = (CHUNK * row_words(key), CHUNK * row_words(value));
+        let (keys_len, values_len) = (SPAN * row_words(key) + BEYOND, SPAN * row_words(value) + BEYOND);
         let parts = [
             rows * units,
             rows * (2 + width),
             scratch_len(TOGETHER),
             keys_len + values_len,
-            CHUNK * key.max(value) + row_words(key),
-            CHUNK * row_words(self.cache.width) + self.cache.width,
+            CHUNK * key.max(value) + row_words(key) + BEYOND,
+            CHUNK * row_words(self.cache.width),
         ];
         let (_, [queries, found, scratch, made, wide, decoded]) = scratch.split(parts);
         let (keys, values) = made.split_at_mut(keys_len);
-        let (decoded, row) = decoded.split_at_mut(CHUNK * row_words(self.cache.width));
         self.pack_queries(segment, head, queries, wide);
         let (maxima, rest) = found.split_at_mut(rows);
         let (sums, o) = rest.split_at_mut(rows);
         maxima.fill(f32::NEG_INFINITY);
         sums.fill(0.0);
         o.fill(0.0);
+        let mut passing = Passing { queries, units, maxima, sums, o, width, scratch };
         let end = segment.start + segment.rows;
-        for from in (0..end).step_by(CHUNK) {
-            let n = CHUNK.min(end - from);
-            let blocks =
-                &self.blocks[segment.first_block + from / BLOCK_TOKENS..][..n.div_ceil(BLOCK_TOKENS)];
-            let mut runs = [std::ptr::null(); CHUNK / BLOCK_TOKENS];
-            let latents = self.rows_of(blocks, n, &mut runs, decoded, row);
-            self.make_rows(self.kv_b.keys, head, latents, (key, true), wide, keys);
-            self.make_rows(self.kv_b.values, head, latents, (value, false), wide, values);
-            let (key_runs, value_runs) = ([keys.as_ptr().cast()], [values.as_ptr().cast()]);
-            // Rows before the chunk see nothing of it.
-            let unseen = from.saturating_sub(segment.start) / TOGETHER * TOGETHER;
-            for first in (unseen..segment.rows).step_by(TOGETHER) {
-                let seen = (segment.start + first + 1) as isize - from as isize;
-                let chunk = AttendChunk {
-                    queries: queries[first * units..].as_ptr().cast(),
-                    units,
-                    lanes: TOGETHER.min(segment.rows - first),
-                    keys: Bf16Rows { runs: &key_runs, run: CHUNK, stride: row_words(key) * 4, n },
-                    values: Bf16Rows { runs: &value_runs, run: CHUNK, stride: row_words(value) * 4, n },
-                    width,
-                    seen: (seen < n as isize).then_some(seen),
-                    maxima: maxima[first..].as_mut_ptr(),
-                    sums: sums[first..].as_mut_ptr(),
-                    o: o[first * width..].as_mut_ptr(),
-                    scratch: scratch.as_mut_ptr(),
-                };
-                // SAFETY: whole groups of queries, states and sums; rows of whole runs, `n` of each.
-                unsafe { (self.kernels.attend_chunk)(&chunk) };
+        for from in (0..end).step_by(SPAN) {
+            let to = end.min(from + SPAN);
+            for chunk in (from..to).step_by(CHUNK) {
+                let keys = &mut keys[(chunk - from) * row_words(key)..];
+                let values = &mut values[(chunk - from) * row_words(value)..];
+                let n = CHUNK.min(to - chunk);
+                self.make_chunk(segment, head, chunk..chunk + n, [keys, values], wide, decoded);
             }
+            self.pass(segment, &mut passing, &Span { keys, values, positions: from..to });
         }
-        for (r, (o, sum)) in o.chunks_exact(width).zip(&*sums).take(segment.rows).enumerate() {
+        for (r, (o, sum)) in passing.o.chunks_exact(width).zip(&*passing.sums).take(segment.rows).enumerate()
+        {
             let out = self.out.at(((segment.row + r) * self.shape.heads + head) * value);
             for (d, v) in o[..value].iter().enumerate() {
                 // SAFETY: only this task writes this head's output of this segment's rows.
                 unsafe { *out.add(d) = v / sum };
+            }
+        }
+    }
+
+    /// Keys and values of a chunk of positions.
+    fn make_chunk(
+        &self,
+        segment: &Segment,
+        head: usize,
+        positions: Range<usize>,
+        [keys, values]: [&mut [f32]; 2],
+        wide: &mut [f32],
+        decoded: &mut [f32],
+    ) {
+        let end = (segment.start + segment.rows).div_ceil(BLOCK_TOKENS);
+        let blocks = &self.blocks[segment.first_block..][positions.start / BLOCK_TOKENS..end];
+        let mut runs = [std::ptr::null(); CHUNK / BLOCK_TOKENS];
+        let latents = self.rows_of(blocks, positions.len(), &mut runs, decoded);
+        let (key, value) = (self.shape.nope + self.shape.rope, self.shape.value);
+        self.make_rows(self.kv_b.keys, head, latents, (key, true), wide, keys);
+        self.make_rows(self.kv_b.values, head, latents, (value, false), wide, values);
+    }
+
+    /// Takes the rows over a span, some at a time, so that what they found stays near.
+    fn pass(&self, segment: &Segment, p: &mut Passing<'_>, span: &Span<'_>) {
+        let (key, value) = (self.shape.nope + self.shape.rope, self.shape.value);
+        let (key_words, value_words) = (row_words(key), row_words(value));
+        let Range { start, end } = span.positions;
+        // Rows before the span see nothing of it.
+        let unseen = start.saturating_sub(segment.start) / TOGETHER * TOGETHER;
+        for first in (unseen..segment.rows).step_by(TOGETHER) {
+            let lanes = TOGETHER.min(segment.rows - first);
+            let last = segment.start + first + lanes - 1;
+            for from in (start..end.min(last + 1)).step_by(CHUNK) {
+                let n = CHUNK.min(end - from);
+                let seen = (segment.start + first + 1) as isize - from as isize;
+                let key_runs = [span.keys[(from - start) * key_words..].as_ptr().cast()];
+                let value_runs = [span.values[(from - start) * value_words..].as_ptr().cast()];
+                let chunk = AttendChunk {
+                    queries: p.queries[first * p.units..].as_ptr().cast(),
+                    units: p.units,
+                    lanes,
+                    keys: RowRuns::new(&key_runs, CHUNK, key_words * 4, n),
+                    values: RowRuns::new(&value_runs, CHUNK, value_words * 4, n),
+                    width: p.width,
+                    seen: (seen < n as isize).then_some(seen),
+                    maxima: p.maxima[first..].as_mut_ptr(),
+                    sums: p.sums[first..].as_mut_ptr(),
+                    o: p.o[first * p.width..].as_mut_ptr(),
+                    scratch: p.scratch.as_mut_ptr(),
+                };
+                // SAFETY: whole groups of queries, states and sums; rows of whole runs, `n` of each.
+                unsafe { (self.kernels.attend_chunk)(&chunk) };
             }
         }
     }
@@ -110,7 +187,7 @@ impl Native<'_> {
         &self,
         panels: Panels,
         head: usize,
-        latents: Bf16Rows<'_>,
+        latents: RowRuns<'_>,
         (cols, rotated): (usize, bool),
         wide: &mut [f32],
         out: &mut [f32],
@@ -125,18 +202,18 @@ impl Native<'_> {
         };
         // SAFETY: the head's panel; latent rows go on with their rope part, which pairs with zeros of an odd panel.
         unsafe { (self.kernels.dot_rows)(&d) };
-        let rows = wide.chunks_exact_mut(cols).zip(out.chunks_exact_mut(row_words(cols)));
-        for (j, (made, out)) in rows.take(latents.n).enumerate() {
+        for (j, made) in wide.chunks_exact_mut(cols).take(latents.n).enumerate() {
             if rotated {
                 self.copy_rope(latents, j, &mut made[panels.rows..]);
             }
+            let out = &mut out[j * row_words(cols)..][..row_words(cols) + BEYOND];
             // SAFETY: room for whole runs.
             unsafe { self.kernels.round(Rounding::Bf16, made.as_ptr(), cols, out.as_mut_ptr()) };
         }
     }
 
     /// The rope part of a latent row.
-    fn copy_rope(&self, latents: Bf16Rows<'_>, j: usize, out: &mut [f32]) {
+    fn copy_rope(&self, latents: RowRuns<'_>, j: usize, out: &mut [f32]) {
         let at = latents.runs[j / latents.run].wrapping_add(j % latents.run * latents.stride);
         for (i, o) in out.iter_mut().enumerate() {
             // SAFETY: the row has `latent + rope` values.

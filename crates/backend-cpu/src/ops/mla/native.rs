@@ -10,23 +10,19 @@ use oxseek_tensor::{
     backend::{AttendMode, BLOCK_TOKENS, Buffer, MlaShape, Segment},
 };
 
-use super::super::matmul::Input;
+use super::{super::matmul::Input, expanded};
 use crate::{
     CpuBackend,
     cache::LatentRows,
-    kv_b::KvBPanels,
+    kv_b::{KvBPanels, SLICE},
     memory::{Scratch, Shared},
     packed::{GROUP_ROWS, RUN, Rounding},
     simd::{
         Kernels, WeightedRows,
-        attention::{AttendChunk, Bf16Rows, CHUNK, DotRows, scratch_len},
+        attention::{AttendChunk, CHUNK, CachedRows, DotRows, RowRuns, scratch_len},
     },
 };
 
-/// Positions of one split: long enough that adding splits up costs little.
-const SPLIT: usize = 4 * CHUNK;
-/// Latent values of a query that one task makes: whole groups.
-const SLICE: usize = 64;
 /// Rows that one task makes queries or values for.
 const ROWS: usize = 16;
 /// F32 of what the splits of rows in flight found, unless one row takes more.
@@ -55,7 +51,7 @@ struct Row {
     slot: usize,
 }
 
-/// Positions `SPLIT * split..` of a row, for some groups of heads.
+/// A split of a row's positions, for some groups of heads.
 struct Work {
     row: usize,
     split: usize,
@@ -128,9 +124,15 @@ impl CpuBackend {
             out: Shared::new(&mut self.buffers[out.0 as usize].values),
         };
         let (scratch, heads) = (&self.scratch, shape.heads);
-        self.pool.run(segments.len() * heads, &|task, thread| {
+        let parts = (2 * self.pool.threads()).div_ceil((segments.len() * heads).max(1));
+        let works: Vec<(Segment, usize)> = (segments.iter())
+            .flat_map(|s| expanded::divide(s, parts))
+            .flat_map(|part| (0..heads).map(move |head| (part, head)))
+            .collect();
+        self.pool.run(works.len(), &|task, thread| {
+            let (part, head) = &works[task];
             // SAFETY: the pool gave this thread its number.
-            native.expanded(unsafe { scratch.of(thread) }, &segments[task / heads], task % heads);
+            native.expanded(unsafe { scratch.of(thread) }, part, *head);
         })
     }
 
@@ -152,7 +154,8 @@ impl CpuBackend {
         memory.works.clear();
         let groups_each = sizes.groups.div_ceil((2 * self.pool.threads()).div_ceil(slots));
         for (row, r) in rows.iter().enumerate() {
-            for split in 0..r.splits() {
+            // The long splits first, so that the threads end together.
+            for split in (0..r.splits()).rev() {
                 memory.works.extend((0..sizes.groups).step_by(groups_each).map(|g| Work {
                     row,
                     split,
@@ -201,8 +204,19 @@ fn grow(list: &mut Vec<f32>, len: usize) {
 
 impl Row {
     fn splits(&self) -> usize {
-        self.keys.div_ceil(SPLIT)
+        (0..).find(|split| split_start(*split) >= self.keys).unwrap_or(0)
     }
+}
+
+/// The first position of a split. The first ones are short, so that threads share short contexts too; the later ones
+/// are long enough that adding splits up costs little.
+fn split_start(split: usize) -> usize {
+    CHUNK
+        * match split {
+            0..4 => split,
+            4..10 => 4 + (split - 4) * 2,
+            _ => 16 + (split - 10) * 4,
+        }
 }
 
 /// Sizes in F32, or words of four bytes.
@@ -276,16 +290,12 @@ impl Native<'_> {
                         self.kernels.round(Rounding::Bf16, scaled.as_ptr(), nope, out);
                     }
                 }
+                let runs = [nopes.as_ptr().cast()];
                 let d = DotRows {
                     panel: self.kv_b.absorb.at(head, first / GROUP_ROWS),
                     units: self.kv_b.absorb.units,
                     cols,
-                    rows: Bf16Rows {
-                        runs: &[nopes.as_ptr().cast()],
-                        run: ROWS,
-                        stride: stride * 4,
-                        n: rows.len(),
-                    },
+                    rows: RowRuns::new(&runs, ROWS, stride * 4, rows.len()),
                     out: made.as_mut_ptr(),
                     out_stride: made_stride,
                 };
@@ -335,10 +345,9 @@ impl Native<'_> {
         let (sizes, row) = (self.sizes(), &self.rows[work.row]);
         let (first, end) = (work.groups.start * GROUP_ROWS, work.groups.end * GROUP_ROWS);
         let (lanes, width) = (end.min(self.shape.heads) - first, self.cache.width);
-        let stride = width.next_multiple_of(RUN) / 2;
-        let decoded = if self.cache.in_place() { [0, 0] } else { [CHUNK * stride, width] };
-        let parts = [scratch_len(lanes), decoded[0], decoded[1], 0, 0, 0];
-        let (_, [scratch, decoded, wide, _, _, _]) = scratch.split(parts);
+        let stride = width.next_multiple_of(32) / 2;
+        let decoded = if self.cache.in_place() { 0 } else { CHUNK * stride };
+        let (_, [scratch, decoded, ..]) = scratch.split([scratch_len(lanes), decoded, 0, 0, 0, 0]);
         let slot = self.slot(row, work.split);
         let (maxima, sums) = (slot.wrapping_add(first), slot.wrapping_add(sizes.lanes + first));
         let o = slot.wrapping_add(2 * sizes.lanes + first * sizes.width);
@@ -349,11 +358,13 @@ impl Native<'_> {
             std::slice::from_raw_parts_mut(o, (end - first) * sizes.width).fill(0.0);
         }
         let panel = work.row * sizes.queries + work.groups.start * sizes.units * GROUP_ROWS;
-        for from in (work.split * SPLIT..row.keys.min((work.split + 1) * SPLIT)).step_by(CHUNK) {
-            let n = CHUNK.min(row.keys - from);
-            let blocks = &self.blocks[row.first_block + from / BLOCK_TOKENS..][..n.div_ceil(BLOCK_TOKENS)];
+        let end = row.keys.min(split_start(work.split + 1));
+        for from in (split_start(work.split)..end).step_by(CHUNK) {
+            let n = CHUNK.min(end - from);
+            let blocks = &self.blocks[row.first_block + from / BLOCK_TOKENS..]
+                [..(row.keys - from).div_ceil(BLOCK_TOKENS)];
             let mut runs = [std::ptr::null(); CHUNK / BLOCK_TOKENS];
-            let keys = self.rows_of(blocks, n, &mut runs, decoded, wide);
+            let keys = self.rows_of(blocks, n, &mut runs, decoded);
             let chunk = AttendChunk {
                 queries: self.queries.at(panel).cast(),
                 units: sizes.units,
@@ -372,38 +383,40 @@ impl Native<'_> {
         }
     }
 
-    /// `n` cached rows in BF16: where they lie, or decoded.
+    /// The first `n` cached rows of some blocks in BF16: where they lie, or decoded.
     pub(super) fn rows_of<'a>(
         &self,
         blocks: &[u32],
         n: usize,
         runs: &'a mut [*const u8; CHUNK / BLOCK_TOKENS],
         decoded: &mut [f32],
-        wide: &mut [f32],
-    ) -> Bf16Rows<'a> {
+    ) -> RowRuns<'a> {
+        let count = n.div_ceil(BLOCK_TOKENS);
+        let mut stored = [std::ptr::null(); CHUNK / BLOCK_TOKENS];
+        for (run, block) in stored.iter_mut().zip(blocks) {
+            *run = self.cache.block(*block);
+        }
         if self.cache.in_place() {
-            for (run, block) in runs.iter_mut().zip(blocks) {
-                *run = self.cache.block(*block);
-            }
-            return Bf16Rows {
-                runs: &runs[..blocks.len()],
-                run: BLOCK_TOKENS,
-                stride: self.cache.row_bytes,
-                n,
-            };
+            *runs = stored;
+            let next = blocks.get(count).map_or(std::ptr::null(), |block| self.cache.block(*block));
+            return RowRuns { next, ..RowRuns::new(&runs[..count], BLOCK_TOKENS, self.cache.row_bytes, n) };
         }
-        let stride = self.cache.width.next_multiple_of(RUN) / 2;
-        for (j, out) in decoded.chunks_exact_mut(stride).take(n).enumerate() {
-            let block = self.cache.block(blocks[j / BLOCK_TOKENS]);
-            let at = block.wrapping_add(j % BLOCK_TOKENS * self.cache.row_bytes);
-            // SAFETY: a row of the cache; `out` holds it in whole runs.
-            unsafe {
-                self.cache.decode(at, wide);
-                self.kernels.round(Rounding::Bf16, wide.as_ptr(), wide.len(), out.as_mut_ptr());
-            }
-        }
-        runs[0] = decoded.as_ptr().cast();
-        Bf16Rows { runs: &runs[..1], run: CHUNK, stride: stride * 4, n }
+        let rows = RowRuns::new(&stored[..count], BLOCK_TOKENS, self.cache.row_bytes, n);
+        let (latent, width) = (self.cache.latent, self.cache.width);
+        let stride = width.next_multiple_of(32) * 2;
+        let out = decoded.as_mut_ptr().cast();
+        let cached = CachedRows {
+            format: self.cache.format,
+            latent,
+            rope: width - latent,
+            rows,
+            out,
+            out_stride: stride,
+        };
+        // SAFETY: rows of the cache; `decoded` has room for a chunk of them.
+        unsafe { (self.kernels.decode_rows)(&cached) };
+        runs[0] = out;
+        RowRuns::new(&runs[..1], CHUNK, stride, n)
     }
 
     /// The values of a head from what the splits found.
@@ -433,11 +446,12 @@ impl Native<'_> {
                 self.kernels.round(Rounding::Bf16, mean.as_ptr(), latent, out);
             }
         }
+        let runs = [rounded.as_ptr().cast()];
         let d = DotRows {
             panel: self.kv_b.values.at(head, 0),
             units: self.kv_b.values.units,
             cols: value,
-            rows: Bf16Rows { runs: &[rounded.as_ptr().cast()], run: ROWS, stride: stride * 4, n: rows.len() },
+            rows: RowRuns::new(&runs, ROWS, stride * 4, rows.len()),
             out: made.as_mut_ptr(),
             out_stride: value,
         };

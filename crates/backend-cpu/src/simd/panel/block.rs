@@ -149,6 +149,7 @@ pub(super) struct Tile<D>(PhantomData<D>);
 
 impl<P: Panel, D: Block<P>> Tiled<P> for Tile<D> {
     const TILE: usize = P::TILE_BYTES;
+    const STREAMS_BELOW: usize = 4;
     const STREAMS_WIDE: bool = D::COMMON && P::PAIRS;
 
     #[inline(always)]

@@ -9,7 +9,8 @@ pub(super) struct E4m3;
 
 impl<P: Panel> Tiled<P> for Bf16 {
     const TILE: usize = P::TILE_BF16;
-    const STREAMS_WIDE: bool = P::PAIRS;
+    const STREAMS_BELOW: usize = usize::MAX;
+    const STREAMS_WIDE: bool = false;
 
     #[inline(always)]
     unsafe fn tile<const G: usize, const T: usize, const S: bool>(
@@ -64,7 +65,8 @@ unsafe fn add_pairs<P: Panel, const G: usize, const T: usize>(
 
 impl<P: Panel> Tiled<P> for E4m3 {
     const TILE: usize = P::TILE_BF16;
-    const STREAMS_WIDE: bool = P::PAIRS;
+    const STREAMS_BELOW: usize = usize::MAX;
+    const STREAMS_WIDE: bool = false;
 
     /// Each block of 128 columns is summed on its own and then scaled.
     #[inline(always)]

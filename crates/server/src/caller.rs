@@ -1,0 +1,154 @@
+//! Who asks, and what the asking costs.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use axum::{extract::FromRequestParts, http::request::Parts};
+use oxseek_engine::{Ended, Ending, FinishReason, Observer, SubmitError, Ticket, ValidRequest};
+
+use crate::{
+    error::ApiError,
+    keys::Key,
+    logs::{Line, Logger},
+    metrics::{Metrics, Refusal},
+    quota::{Moment, Reserved},
+    state::Model,
+};
+
+/// Who sent a request. The door puts it into the request's extensions; handlers take it as an argument.
+#[derive(Clone)]
+pub(crate) struct Caller(Arc<Inner>);
+
+struct Inner {
+    request_id: String,
+    key: Option<Arc<Key>>,
+    metrics: Arc<Metrics>,
+    logger: Logger,
+}
+
+impl Caller {
+    pub(crate) fn new(
+        request_id: String,
+        key: Option<Arc<Key>>,
+        metrics: Arc<Metrics>,
+        logger: Logger,
+    ) -> Self {
+        Self(Arc::new(Inner { request_id, key, metrics, logger }))
+    }
+
+    /// The key that was presented; None on a server without keys.
+    pub(crate) fn key(&self) -> Option<&Arc<Key>> {
+        self.0.key.as_ref()
+    }
+
+    /// Queues a request, within the limits of the caller's key.
+    ///
+    /// # Errors
+    /// A limit of the key, a full queue, or an engine that has stopped.
+    pub(crate) fn submit(&self, model: &Model, request: ValidRequest) -> Result<Ticket, ApiError> {
+        let reserved = self.reserve(request.tokens_max() as u64)?;
+        let tab = Tab { reserved, caller: self.clone() };
+        // Without keys everybody is the same tenant.
+        let request = request.on_behalf_of(self.key().map_or(0, |k| k.tenant));
+        let account = Account { tab, began: Instant::now(), reasons: Vec::new() };
+        model.engine.submit_observed(request, Box::new(account)).map_err(|e| {
+            let busy = matches!(e, SubmitError::Busy | SubmitError::TenantBusy);
+            self.0.metrics.refused(if busy { Refusal::Queue } else { Refusal::Stopped });
+            e.into()
+        })
+    }
+
+    fn reserve(&self, tokens: u64) -> Result<Option<Reserved>, ApiError> {
+        let Some(key) = &self.0.key else { return Ok(None) };
+        key.book.enter(tokens, Moment::now()).map(Some).map_err(|e| {
+            self.0.metrics.refused(Refusal::KeyLimit);
+            ApiError::limit_reached(&e)
+        })
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for Caller {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        parts.extensions.get::<Self>().cloned().ok_or(ApiError::internal())
+    }
+}
+
+/// What is set aside for a request, and given back however it ends.
+struct Tab {
+    reserved: Option<Reserved>,
+    caller: Caller,
+}
+
+impl Tab {
+    fn settle(&mut self, used: u64) {
+        if let (Some(reserved), Some(key)) = (self.reserved.take(), self.caller.key()) {
+            key.book.settle(reserved, used, Moment::now());
+            key.book.leave();
+        }
+    }
+}
+
+impl Drop for Tab {
+    /// A request that was not taken, or whose engine died, pays nothing.
+    fn drop(&mut self) {
+        self.settle(0);
+    }
+}
+
+/// Keeps the books of one request on the engine's thread.
+struct Account {
+    tab: Tab,
+    began: Instant,
+    reasons: Vec<FinishReason>,
+}
+
+impl Observer for Account {
+    fn token(&mut self, gap: Duration) {
+        self.tab.caller.0.metrics.inter_token(gap);
+    }
+
+    fn done(&mut self, reason: FinishReason) {
+        self.reasons.push(reason);
+    }
+
+    fn ended(&mut self, ending: &Ending) {
+        let usage = &ending.usage;
+        // What the engine failed at is not the client's to pay.
+        let used =
+            if ending.how == Ended::Failed { 0 } else { usage.prompt_tokens + usage.completion_tokens };
+        self.tab.settle(used as u64);
+        let inner = &self.tab.caller.0;
+        inner.metrics.ended(ending, &self.reasons, self.began.elapsed());
+        let key = inner.key.as_ref().map(|k| k.name.as_str());
+        inner.logger.write(|| {
+            Line::info("request ended")
+                .text("request_id", &inner.request_id)
+                .optional("key", key)
+                .text("how", how(ending.how))
+                .number("prompt_tokens", usage.prompt_tokens as f64)
+                .number("completion_tokens", usage.completion_tokens as f64)
+                .number("cached_tokens", usage.cached_tokens as f64)
+                .number("queue_ms", millis(usage.queue))
+                .number("ttft_ms", millis(usage.ttft))
+                .number("total_ms", millis(self.began.elapsed()))
+        });
+    }
+}
+
+fn how(ended: Ended) -> &'static str {
+    match ended {
+        Ended::Finished => "finished",
+        Ended::Cancelled => "cancelled",
+        Ended::Cut => "cut",
+        Ended::Failed => "failed",
+    }
+}
+
+/// Milliseconds with three places after the point.
+pub(crate) fn millis(d: Duration) -> f64 {
+    (d.as_secs_f64() * 1e6).round() / 1e3
+}
