@@ -237,7 +237,6 @@ for (const [device, size] of [['desktop', DESKTOP], ['phone', PHONE]]) {
       await button(page, 'Delete A greeting').click();
       await page.getByText('Conversation deleted').waitFor();
       assert.equal(await list.getByRole('listitem').count(), 1);
-      if (phone) await button(page, 'Close the list').click();
       await button(page, 'Undo').click();
       await page.getByRole('heading', { name: 'A greeting' }).waitFor();
 
@@ -453,6 +452,11 @@ if (process.env.SCREENSHOTS) {
         await button(page, 'Think').click();
         await ask(page, 'Why do birds sing?');
         await page.getByText('Thought for').click();
+        if (name === 'phone') {
+          await button(page, 'Think').click();
+          await declareWeather(page);
+          await ask(page, 'What is the weather in Paris?');
+        }
         await page.screenshot({ path: `${process.env.SCREENSHOTS}/${name}.png`, animations: 'disabled', caret: 'initial' });
       }, { colorScheme });
     }

@@ -102,9 +102,10 @@ impl DeepSeek {
         let mut l = Loader { checkpoint, backend: b };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embed = l.host_matrix("model.embed_tokens.weight", vocab, hidden)?;
-        let embed = match config.tie_word_embeddings {
-            true => l.backend().load_matrix(embed)?,
-            false => l.backend().load_table(embed)?,
+        let embed = if config.tie_word_embeddings {
+            l.backend().load_matrix(embed)?
+        } else {
+            l.backend().load_table(embed)?
         };
         let (main, extra) = (config.num_hidden_layers, config.num_nextn_predict_layers);
         let mut layers = Vec::with_capacity(main);

@@ -69,17 +69,16 @@ impl Golden {
     }
 }
 
-/// Opens a checkpoint folder whose weights are stored as `model.safetensors.gz`, or an ordinary one.
+/// Opens a checkpoint folder whose weights are stored as `model.safetensors.gz`, as `model.safetensors.planes.gz` (which
+/// is smaller where values have two or four bytes), or an ordinary one.
 ///
 /// # Errors
 /// [`Error::Io`] or [`Error::Checkpoint`]
 pub fn open_checkpoint(folder: &Path) -> Result<Checkpoint, Error> {
-    let packed = folder.join("model.safetensors.gz");
-    if !packed.exists() {
+    let Some(weights) = packed_weights(folder)? else {
         return Ok(Checkpoint::open(folder)?);
-    }
-    let mut files =
-        vec![("model.safetensors".to_string(), ByteRegion::from_vec(unpack(&packed, &read(&packed)?)?))];
+    };
+    let mut files = vec![("model.safetensors".to_string(), ByteRegion::from_vec(weights))];
     for name in ["config.json", "generation_config.json"] {
         let path = folder.join(name);
         if path.exists() {
@@ -87,6 +86,28 @@ pub fn open_checkpoint(folder: &Path) -> Result<Checkpoint, Error> {
         }
     }
     Ok(Checkpoint::from_files(files)?)
+}
+
+fn packed_weights(folder: &Path) -> Result<Option<Vec<u8>>, Error> {
+    let (whole, planes) = (folder.join("model.safetensors.gz"), folder.join("model.safetensors.planes.gz"));
+    if whole.exists() {
+        return Ok(Some(unpack(&whole, &read(&whole)?)?));
+    }
+    if planes.exists() {
+        return Ok(Some(from_planes(&unpack(&planes, &read(&planes)?)?)));
+    }
+    Ok(None)
+}
+
+/// Undoes the order in which all bytes at places `4 i` come first, then those at `4 i + 1`, and so on.
+fn from_planes(planes: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![0; planes.len()];
+    let mut rest = planes.iter();
+    for plane in 0..4 {
+        let places = bytes.iter_mut().skip(plane).step_by(4);
+        places.zip(&mut rest).for_each(|(byte, from)| *byte = *from);
+    }
+    bytes
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Error> {

@@ -7,7 +7,7 @@ export const newAnswer = () => ({
 });
 
 /** The body of a request for the next answer of a conversation. */
-export function requestBody(model, { settings, messages }) {
+export function requestBody(model, { settings, messages }, capabilities) {
   const asked = messages.findLastIndex((m) => m.role === 'user');
   const list = messages.map((m, i) => ({ ...m, goesOn: i > asked }))
     .filter((m) => m.role !== 'assistant' || m.content || m.calls.length).map(wireMessage);
@@ -15,7 +15,7 @@ export function requestBody(model, { settings, messages }) {
   const body = {
     model, messages: list, stream: true, stream_options: { include_usage: true }, return_progress: true, ...parameters(settings),
   };
-  if (settings.thinking) body.chat_template_kwargs = { thinking: true };
+  if (settings.thinking && capabilities.thinking.switch) body.chat_template_kwargs = { thinking: true };
   return body;
 }
 

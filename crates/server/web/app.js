@@ -23,6 +23,7 @@ const narrow = matchMedia('(max-width: 50rem)');
 const touch = matchMedia('(hover: none)');
 
 let model = null;
+let capabilities = null;
 let conversation = blank();
 /** Answers on their way, by conversation: `{ conversation, controller, view }`. */
 const running = new Map();
@@ -105,7 +106,7 @@ async function run() {
   const mine = { conversation, controller: new AbortController(), view: null };
   const { id } = conversation;
   try {
-    const body = requestBody(model.id, conversation);
+    const body = requestBody(model.id, conversation, capabilities);
     conversation.messages.push(turn);
     running.set(id, mine);
     if (location.hash.slice(1) !== id) history.pushState(null, '', `#${id}`);
@@ -218,7 +219,7 @@ async function meet() {
   let refused = false;
   let trouble = await server.trouble();
   try {
-    if (!trouble) found = await server.model();
+    if (!trouble) [found, capabilities] = [await server.model(), await server.capabilities()];
   } catch (e) {
     refused = [401, 403].includes(e.status);
     trouble = e.status === 401 ? KEY_WANTED : e.message;
@@ -260,6 +261,7 @@ function showState() {
   $('title').textContent = conversation.title || 'New chat';
   document.title = conversation.title ? `${conversation.title} · Oxseek` : 'Oxseek';
   $('model').textContent = empty ? '' : model?.id ?? '';
+  $('thinking').hidden = capabilities?.thinking.switch === false;
   $('thinking').ariaPressed = String(Boolean(conversation.settings.thinking));
   $('schema').hidden = conversation.settings.format !== 'schema';
   showTools();

@@ -1,4 +1,4 @@
-import { h } from './element.js';
+import { h, iconButton } from './element.js';
 import { AnswerView, userNode } from './message.js';
 
 /** The conversation on the page. */
@@ -71,10 +71,12 @@ export class Log {
   }
 }
 
-/** A line at the foot of the page that goes away by itself, with a button that undoes. */
+/** A line at the foot of the page. It goes away by itself, but one with an `undo` waits: nobody should have to hurry. */
 export function toast(node, text, undo) {
   const line = h('div', { className: 'toast' }, h('span', {}, text));
-  if (undo) line.append(h('button', { type: 'button', onclick: () => (line.remove(), undo()) }, 'Undo'));
   node.replaceChildren(line);
-  setTimeout(() => line.remove(), 8000);
+  if (!undo) return void setTimeout(() => line.remove(), 8000);
+  line.append(
+    h('button', { type: 'button', onclick: () => (line.remove(), undo()) }, 'Undo'),
+    iconButton('close', 'Dismiss', () => line.remove()));
 }

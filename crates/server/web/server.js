@@ -31,6 +31,11 @@ export class Server {
     return (await (await this.#fetch('/v1/models')).json()).data[0];
   }
 
+  /** What the server offers with this model. */
+  async capabilities() {
+    return (await this.#fetch('/v1/capabilities')).json();
+  }
+
   /** Chunks of an answer as they come, several at a time. */
   async *chat(body, signal) {
     const response = await this.#fetch('/v1/chat/completions', {

@@ -97,7 +97,7 @@ impl Native<'_> {
                 let keys = &mut keys[(chunk - from) * row_words(key)..];
                 let values = &mut values[(chunk - from) * row_words(value)..];
                 let n = CHUNK.min(to - chunk);
-                self.make_chunk(segment, head, chunk..chunk + n, [keys, values], wide, decoded);
+                self.make_chunk(segment, head, (chunk, n), [keys, values], wide, decoded);
             }
             self.pass(segment, &mut passing, &Span { keys, values, positions: from..to });
         }
@@ -111,20 +111,20 @@ impl Native<'_> {
         }
     }
 
-    /// Keys and values of a chunk of positions.
+    /// Keys and values of the `n` positions from `first` on.
     fn make_chunk(
         &self,
         segment: &Segment,
         head: usize,
-        positions: Range<usize>,
+        (first, n): (usize, usize),
         [keys, values]: [&mut [f32]; 2],
         wide: &mut [f32],
         decoded: &mut [f32],
     ) {
         let end = (segment.start + segment.rows).div_ceil(BLOCK_TOKENS);
-        let blocks = &self.blocks[segment.first_block..][positions.start / BLOCK_TOKENS..end];
+        let blocks = &self.blocks[segment.first_block..][first / BLOCK_TOKENS..end];
         let mut runs = [std::ptr::null(); CHUNK / BLOCK_TOKENS];
-        let latents = self.rows_of(blocks, positions.len(), &mut runs, decoded);
+        let latents = self.rows_of(blocks, n, &mut runs, decoded);
         let (key, value) = (self.shape.nope + self.shape.rope, self.shape.value);
         self.make_rows(self.kv_b.keys, head, latents, (key, true), wide, keys);
         self.make_rows(self.kv_b.values, head, latents, (value, false), wide, values);

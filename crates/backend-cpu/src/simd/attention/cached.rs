@@ -5,6 +5,8 @@ use oxseek_tensor::{CacheFormat, cache};
 use super::{Lanes, RowRuns};
 use crate::simd::panel::STREAM_AHEAD;
 
+/// Rows of the latent cache, and where their BF16 go.
+///
 /// # Safety (of the kernel)
 /// `rows` are rows of `format`; `out` has as many rows of `out_stride` bytes, a multiple of 4 that holds a row's BF16.
 /// What pads them becomes zero.
