@@ -3,8 +3,8 @@
 use std::{fs, path::Path, process::Command};
 
 const FOLDER: &str = "crates/backend-cuda/kernels";
-/// The file that includes the others, and machine code for whom: Ampere and Ada, Hopper, and PTX that the driver compiles
-/// once for what comes later.
+/// The file that includes the others, and machine code for whom: Ampere and Ada, Hopper, and PTX that the driver
+/// compiles once for what comes later.
 const MAIN: &str = "all.cu";
 const TARGETS: [&str; 3] =
     ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80"];

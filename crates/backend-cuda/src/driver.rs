@@ -454,6 +454,7 @@ impl Driver {
 
     /// Forgets a graph.
     #[allow(unsafe_code, reason = "calls of the driver")]
+    #[allow(clippy::needless_pass_by_value, reason = "what is forgotten cannot be used again")]
     pub(crate) fn drop_graph(&self, graph: Graph) {
         // SAFETY: it was alive, and is gone with this.
         unsafe { (self.f.exec_destroy)(graph.0) };
@@ -468,6 +469,7 @@ impl Driver {
 
     /// Gives page-locked memory back.
     #[allow(unsafe_code, reason = "calls of the driver")]
+    #[allow(clippy::needless_pass_by_value, reason = "what is forgotten cannot be used again")]
     pub(crate) fn drop_pinned(&self, pinned: Pinned) {
         // SAFETY: it came from `pinned`, and is gone with this.
         unsafe { (self.f.host_free)(pinned.at.cast()) };

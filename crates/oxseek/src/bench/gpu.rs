@@ -56,7 +56,7 @@ pub fn bench(args: &BenchArgs, ordinal: u16, started: Instant) -> Result<(), Fai
     let mut model = DeepSeek::load(&checkpoint, Box::new(backend), sizes.options(), &mut |_, _| {})
         .map_err(|e| Failure::Model(e.to_string()))?;
     let load = started.elapsed();
-    let mut context = Context::new(&model, sizes.batch, sizes.tokens);
+    let mut context = Context::new(&model, sizes.batch, sizes.tokens, sizes.step_rows);
     context.prompt(&mut model, START_TOKENS)?;
     let machine = Machine { device, copy, load, first_token: started.elapsed() };
     let reads = Reads::of(&checkpoint, args);
