@@ -220,6 +220,7 @@ impl Queue {
                     l.shape.grid,
                     l.shape.block,
                     l.shape.shared,
+                    self.device.overlaps(),
                     &mut pointers,
                     &self.stream,
                 )?;
