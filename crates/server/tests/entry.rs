@@ -4,6 +4,7 @@
 mod common;
 
 use std::{
+    fmt::Write as _,
     io::{Read, Write},
     sync::{Arc, Mutex},
     thread::scope,
@@ -269,10 +270,12 @@ fn no_key_and_no_prompt_ever_shows() {
             (format!("x-api-key: {ADMIN}\r\n"), say(json!({}))),
             (format!("{key}x-request-id: mine-1\r\nreferer: http://x/?key={ALICE}\r\n"), say(json!({}))),
         ] {
-            seen += &format!("{:?}", server.post_with(CHAT, &headers, &body));
+            let answer = server.post_with(CHAT, &headers, &body);
+            write!(seen, "{answer:?}").unwrap();
         }
         for path in [format!("/v1/{SECRET}?key={ALICE}"), format!("/{ALICE}")] {
-            seen += &format!("{:?}", server.get_with(&path, &key));
+            let answer = server.get_with(&path, &key);
+            write!(seen, "{answer:?}").unwrap();
         }
         seen += &server.get_with("/metrics", &bearer(ADMIN)).body;
         wait_until("the end", || engine.stats().requests_open == 0);

@@ -163,10 +163,10 @@ impl Output {
     }
 
     fn add(&mut self, kind: Kind, item: Value) {
-        self.items.push(item.clone());
+        self.items.push(item);
         self.open = Some(kind);
         let index = self.items.len() - 1;
-        self.emit("response.output_item.added", json!({"output_index": index, "item": item}));
+        self.emit("response.output_item.added", json!({"output_index": index, "item": self.items[index]}));
     }
 
     /// Ends the item that is open.
