@@ -1,7 +1,8 @@
 //! The CUDA backend: the NVIDIA driver opened at run time, kernels in one embedded fatbin.
 //!
-//! * `driver.rs`: the few driver functions that are used, behind checked calls. `device.rs`: devices and their memory.
-//! * `kernels.rs`: the kernels' names and machine code; `kernels/*.cu` are their sources, `cargo xtask cuda` builds them.
+//! * `driver.rs`: the few driver functions that are used, behind checked calls. `device.rs`: devices, their memory.
+//! * `kernels.rs`: the kernels' names and machine code; `kernels/*.cu` are their sources, `cargo xtask cuda` builds
+//!   them.
 //! * `queue.rs`: ops note launches; a whole step goes to the device at once, as a CUDA graph once it came before.
 //! * `ops/`: what each op checks and launches.
 #![deny(unsafe_code)]
@@ -59,8 +60,8 @@ pub enum Precision {
     /// Activations are F32: results are those of the scalar reference.
     #[default]
     Exact,
-    /// Activations are rounded to BF16 for the tensor cores where weights are BF16 or FP8 and their columns a multiple of
-    /// 128; attention multiplies BF16 where the cache is BF16. The router and everything else stay exact.
+    /// Activations are rounded to BF16 for the tensor cores where weights are BF16 or FP8 and their columns a multiple
+    /// of 128; attention multiplies BF16 where the cache is BF16. The router and everything else stay exact.
     Native,
 }
 

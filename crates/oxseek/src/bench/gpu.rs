@@ -107,7 +107,8 @@ impl Machine {
             BenchFormat::Json => {}
             BenchFormat::Csv => writeln!(
                 out,
-                "test,batch,depth,tokens_per_second,slowest,fastest,step_seconds,bytes_per_step,bytes_per_second,copy_part"
+                "test,batch,depth,tokens_per_second,slowest,fastest,step_seconds,bytes_per_step,bytes_per_second,\
+                 copy_part"
             )?,
             BenchFormat::Table => {
                 writeln!(out, "model      {name}")?;
