@@ -95,14 +95,11 @@ impl BlockPool {
 
     /// Takes a free block, or the known one that was not used for the longest time.
     pub fn take(&mut self) -> Option<u32> {
-        let block = match self.free.pop() {
-            Some(block) => block,
-            None => {
-                let (_, block) = self.idle.pop_first()?;
-                self.forget(block);
-                block
-            }
-        };
+        let block = self.free.pop().or_else(|| {
+            let (_, block) = self.idle.pop_first()?;
+            self.forget(block);
+            Some(block)
+        })?;
         self.blocks[block as usize].holders = 1;
         Some(block)
     }
