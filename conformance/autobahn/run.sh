@@ -8,10 +8,10 @@ mkdir -p "$cache"
 
 [ -x "$cache/venv/bin/python" ] || python3 -m venv "$cache/venv"
 "$cache/venv/bin/python" -m pip install --quiet --requirement "$here/requirements.txt"
-cargo build --quiet -p oxseek-server --example websocket_echo --features echo
+cargo build --quiet -p oxseek-server --bin websocket_echo --features echo
 
 address=$(mktemp)
-target/debug/examples/websocket_echo >"$address" &
+target/debug/websocket_echo >"$address" &
 echo_server=$!
 trap 'kill "$echo_server" 2>/dev/null; rm -f "$address"' EXIT
 for _ in $(seq 100); do [ -s "$address" ] && break; sleep 0.1; done

@@ -37,7 +37,6 @@ export class Gate {
 
   /** What is held ends in its middle, as when a network breaks. */
   cut() {
-    this.#most = Infinity;
     this.#decide('cut');
   }
 
@@ -93,7 +92,10 @@ export class Gate {
         const events = (rest + part).split('\n\n');
         rest = events.pop();
         for (const event of events) {
-          if (passed++ >= this.#most && await this.#fate === 'cut') return to.destroy();
+          if (passed++ >= this.#most && await this.#fate === 'cut') {
+            this.#most = Infinity;
+            return to.destroy();
+          }
           to.write(`${event}\n\n`);
         }
       }

@@ -257,7 +257,7 @@ for (const [device, size] of [['desktop', DESKTOP], ['phone', PHONE]]) {
       let answer = await ask(page, 'Hello!');
       await answer.getByText('This key may ask 10 times a minute.').waitFor();
       await button(page, 'Try again').click();
-      await page.waitForFunction(() => document.querySelector('article.answer > .prose')?.textContent);
+      await page.waitForFunction(() => document.querySelector('article.answer[aria-busy=false] > .prose')?.textContent);
 
       gate.next(refusal(401, 'The key is unknown.'));
       answer = await ask(page, 'Hello again!');

@@ -3,16 +3,11 @@
 use std::{fs, path::Path, process::Command};
 
 const FOLDER: &str = "crates/backend-cuda/kernels";
-/// The file that includes the others, and machine code for whom: Ampere and Ada, Hopper, both Blackwells, and PTX that
-/// the driver compiles for what comes later.
-const MAIN: &str = "plain.cu";
-const TARGETS: [&str; 5] = [
-    "arch=compute_80,code=sm_80",
-    "arch=compute_90a,code=sm_90a",
-    "arch=compute_100,code=sm_100",
-    "arch=compute_120,code=sm_120",
-    "arch=compute_80,code=compute_80",
-];
+/// The file that includes the others, and machine code for whom: Ampere and Ada, Hopper, and PTX that the driver
+/// compiles once for what comes later.
+const MAIN: &str = "all.cu";
+const TARGETS: [&str; 3] =
+    ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80"];
 
 /// Runs nvcc (the one of the environment variable NVCC, else of PATH) and writes the fatbin and the hash.
 pub fn build(root: &Path) -> Result<(), String> {

@@ -295,6 +295,7 @@ fn halves_together(codes: &[u8]) -> [u8; 16] {
 }
 
 /// The low and the high bytes of the BF16 values of the E4M3 codes without sign: every one is exact.
+#[cfg(any(test, target_arch = "x86_64"))]
 pub(crate) static E4M3_TO_BF16: ([u8; 128], [u8; 128]) = {
     let (mut low, mut high) = ([0; 128], [0; 128]);
     let mut code = 0;

@@ -103,8 +103,10 @@ impl Packer {
             self.first_step = FirstStep::Over;
             if let Some(running) = &self.running {
                 running.hold.store(false, Relaxed);
-                // One that has ended needs no word.
-                let _ = running.jobs.as_ref().map(|jobs| jobs.send(Message::Begin));
+                if let Some(jobs) = &running.jobs {
+                    // One that has ended needs no word.
+                    let _ = jobs.send(Message::Begin);
+                }
             }
         }
     }
@@ -200,9 +202,9 @@ mod tests {
             packer.step_begins();
             assert!(packer.running.as_ref().unwrap().hold.load(Relaxed));
             if read {
-                packer.step_is_over()
+                packer.step_is_over();
             } else {
-                packer.step_begins()
+                packer.step_begins();
             }
             assert!(!packer.running.as_ref().unwrap().hold.load(Relaxed));
             assert_eq!(next(&packer), 7);

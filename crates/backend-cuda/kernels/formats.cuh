@@ -16,8 +16,8 @@ struct Matrix {
   int format, rows, cols, row_bytes;
 };
 
-__device__ const int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-__device__ const int8_t E2M1_DOUBLED[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+static __device__ const int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+static __device__ const int8_t E2M1_DOUBLED[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 __device__ __forceinline__ float bf16_bits(uint32_t bits) { return __uint_as_float(bits << 16); }
 __device__ __forceinline__ float half_at(const uint8_t* b) {

@@ -1,32 +1,6 @@
 // Every op in plain F32 kernels for every format: exact precision. A row's sums run in one fixed order, whatever else
 // is in the step.
-#include "cache.cuh"
-
-// `step` arrays that the host uploads in begin_step.
-struct Step {
-  const int* tokens;     // [T]
-  const int* positions;  // [T]
-  const int* tables;     // [T]: where the row's block table begins in `blocks`
-  const int* blocks;
-};
-
-__device__ __forceinline__ float warp_sum(float v) {
-  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
-  return v;
-}
-
-// The sum over all threads of the block; `room` has a float per warp.
-__device__ float block_sum(float v, float* room) {
-  v = warp_sum(v);
-  __syncthreads();
-  if ((threadIdx.x & 31) == 0) room[threadIdx.x >> 5] = v;
-  __syncthreads();
-  float sum = 0;
-  for (int w = 0; w < blockDim.x >> 5; w++) sum += room[w];
-  return sum;
-}
-
-__device__ __forceinline__ float silu(float z) { return z / (1.0f + expf(-z)); }
+#include "step.cuh"
 
 // R rows of x (where `xs` point) with row n of the matrix; every lane gets the sums.
 template <int FORMAT, int R>
@@ -60,6 +34,7 @@ __device__ void decode_row(const Matrix& m, int row, float* out) {
 
 // out[t] = table[tokens[t]]; one block per row.
 extern "C" __global__ void embed(const Matrix* table, const int* tokens, float* out) {
+  begin();
   const Matrix m = *table;
   int row = tokens[blockIdx.x];
 #define DECODE(FORMAT) decode_row<FORMAT>(m, row, out + (size_t)blockIdx.x * m.cols)
@@ -69,11 +44,12 @@ extern "C" __global__ void embed(const Matrix* table, const int* tokens, float* 
 
 // One block per row; in place when x is out. `rounded` is null or takes the row in BF16.
 extern "C" __global__ void rms_norm(const float* x, const float* weight, float eps, float* out, __nv_bfloat16* rounded, int cols) {
-  __shared__ float room[32];
+  begin();
+  __shared__ float sums[32];
   const float* row = x + (size_t)blockIdx.x * cols;
   float sum = 0;
   for (int i = threadIdx.x; i < cols; i += blockDim.x) sum = fmaf(row[i], row[i], sum);
-  float scale = 1.0f / sqrtf(block_sum(sum, room) / (float)cols + eps);
+  float scale = 1.0f / sqrtf(block_sum(sum, sums) / (float)cols + eps);
   for (int i = threadIdx.x; i < cols; i += blockDim.x) {
     float y = weight[i] * (row[i] * scale);
     out[(size_t)blockIdx.x * cols + i] = y;
@@ -85,6 +61,7 @@ constexpr int TILE = 4;
 
 // A warp per row of the weight and four rows of x.
 extern "C" __global__ void matmul(const Matrix* weight, const float* x, float* out, int rows, int add) {
+  begin();
   const Matrix m = *weight;
   int n = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), first = blockIdx.y * TILE;
   if (n >= m.rows) return;
@@ -111,6 +88,7 @@ __device__ __forceinline__ void rotate(float* pair, float position, float freque
 
 // Block per row; threads over heads and pairs.
 extern "C" __global__ void rope_queries(float* q, const int* positions, const float* frequencies, float magnitude, int heads, int nope, int rope) {
+  begin();
   int pairs = rope / 2, width = nope + rope;
   float position = (float)positions[blockIdx.x];
   for (int i = threadIdx.x; i < heads * pairs; i += blockDim.x) {
@@ -126,13 +104,15 @@ __device__ __forceinline__ const uint8_t* cache_row(const uint8_t* layer, const 
 // Block per row; shared memory holds the row. `layer` is where the layer's blocks begin.
 extern "C" __global__ void mla_append(const float* kv, const float* weight, float eps, Step step, const float* frequencies, float magnitude,
                                       uint8_t* layer, int format, int latent, int rope, int row_bytes) {
-  extern __shared__ float row[];
-  __shared__ float room[32];
+  begin();
+  extern __shared__ __align__(16) float room[];
+  __shared__ float sums[32];
+  float* row = room;
   int t = blockIdx.x, position = step.positions[t];
   const float* x = kv + (size_t)t * (latent + rope);
   float sum = 0;
   for (int i = threadIdx.x; i < latent; i += blockDim.x) sum = fmaf(x[i], x[i], sum);
-  float scale = 1.0f / sqrtf(block_sum(sum, room) / (float)latent + eps);
+  float scale = 1.0f / sqrtf(block_sum(sum, sums) / (float)latent + eps);
   for (int i = threadIdx.x; i < latent; i += blockDim.x) row[i] = weight[i] * (x[i] * scale);
   for (int i = threadIdx.x; i < rope / 2; i += blockDim.x) {
     float pair[2] = {x[latent + 2 * i], x[latent + 2 * i + 1]};
@@ -158,6 +138,7 @@ __device__ void absorb_head(const Matrix& m, const float* q, int first_row, int 
 
 // q~ = W_UK^T q_nope; block per (head, row).
 extern "C" __global__ void mla_absorb(const Matrix* kv_b, const float* q, float* absorbed, int first, int heads, int nope, int rope, int values) {
+  begin();
   const Matrix m = *kv_b;
   int head = blockIdx.x, t = blockIdx.y;
   const float* query = q + ((size_t)(first + t) * heads + head) * (nope + rope);
@@ -170,7 +151,8 @@ extern "C" __global__ void mla_absorb(const Matrix* kv_b, const float* q, float*
 // The softmax's mean of the latent rows, over the positions in order; block per (head, row), in place of q~.
 extern "C" __global__ void mla_mean(float* absorbed, const float* q, Step step, const uint8_t* layer, int format, int first, int heads, int nope,
                                     int rope, int latent, int row_bytes, float softmax_scale) {
-  extern __shared__ float room[];
+  begin();
+  extern __shared__ __align__(16) float room[];
   float *query = room, *mean = room + latent + rope, *scores = mean + latent;
   int head = blockIdx.x, t = blockIdx.y, row = first + t;
   float* own = absorbed + ((size_t)t * heads + head) * latent;
@@ -215,6 +197,7 @@ extern "C" __global__ void mla_mean(float* absorbed, const float* q, Step step, 
 
 // o = W_UV mean; warp per value, blockIdx = (values / warps, head, row).
 extern "C" __global__ void mla_values(const Matrix* kv_b, const float* mean, float* out, int first, int heads, int nope, int values) {
+  begin();
   const Matrix m = *kv_b;
   int v = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), head = blockIdx.y, t = blockIdx.z;
   if (v >= values) return;
@@ -226,6 +209,7 @@ extern "C" __global__ void mla_values(const Matrix* kv_b, const float* mean, flo
 
 // inner = silu(gate x) * up x; warp per inner value, blockIdx = (inner / warps, row).
 extern "C" __global__ void swiglu(const Matrix* gate, const Matrix* up, const float* x, float* inner) {
+  begin();
   const Matrix g = *gate, u = *up;
   int n = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), t = blockIdx.y;
   if (n >= g.rows) return;
@@ -238,6 +222,7 @@ extern "C" __global__ void swiglu(const Matrix* gate, const Matrix* up, const fl
 
 // As swiglu with the expert of each (row, choice); blockIdx = (inner / warps, choice, row). Experts are triples.
 extern "C" __global__ void moe_inner(const Matrix* experts, const int* ids, const float* x, float* inner, int inner_max) {
+  begin();
   int choice = blockIdx.z * gridDim.y + blockIdx.y;
   const Matrix g = experts[3 * ids[choice]], u = experts[3 * ids[choice] + 1];
   int n = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
@@ -252,6 +237,7 @@ extern "C" __global__ void moe_inner(const Matrix* experts, const int* ids, cons
 // out += sum over the choices by rising expert id, the shared expert last; warp per output, blockIdx = (D / warps, row).
 extern "C" __global__ void moe_sum(const Matrix* experts, const int* ids, const float* weights, const int* order, int top_k, const float* inner,
                                    int inner_max, const Matrix* shared, const float* shared_inner, float* out, int width) {
+  begin();
   int n = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), t = blockIdx.y;
   if (n >= width) return;
   float sum = 0;
@@ -300,7 +286,8 @@ struct Router {
 
 // Scores, groups, choices; a warp per row. Shared memory: two floats and a byte per expert, a float and a byte per group.
 extern "C" __global__ void route(const float* logits, const float* bias, Router r, int* ids, float* weights, int* order) {
-  extern __shared__ float room[];
+  begin();
+  extern __shared__ __align__(16) float room[];
   float *scores = room, *choice = room + r.experts, *ranks = choice + r.experts;
   uint8_t *taken = (uint8_t*)(ranks + r.groups), *kept = taken + r.experts;
   int lane = threadIdx.x, t = blockIdx.x;
@@ -369,11 +356,13 @@ extern "C" __global__ void route(const float* logits, const float* bias, Router 
 
 // out[i] = x[rows[i]]; a block per row.
 extern "C" __global__ void gather_rows(const float* x, const int* rows, float* out, int cols) {
+  begin();
   for (int i = threadIdx.x; i < cols; i += blockDim.x) out[(size_t)blockIdx.x * cols + i] = x[(size_t)rows[blockIdx.x] * cols + i];
 }
 
 // out[t] = a[t] || b[t]; a block per row.
 extern "C" __global__ void concat(const float* a, const float* b, float* out, int left, int right) {
+  begin();
   size_t t = blockIdx.x;
   for (int i = threadIdx.x; i < left + right; i += blockDim.x)
     out[t * (left + right) + i] = i < left ? a[t * left + i] : b[t * right + i - left];

@@ -14,6 +14,7 @@ use crate::{
 
 /// The oldest GPUs that the fatbin has code for.
 const CAPABILITY_MIN: (i32, i32) = (8, 0);
+const HOPPER: (i32, i32) = (9, 0);
 /// A slab of memory is as large as all before it, within these bounds.
 const SLAB_BYTES: [usize; 2] = [1 << 20, 1 << 30];
 /// Everything begins at a multiple of this.
@@ -66,6 +67,11 @@ impl Device {
     /// Makes the driver calls of this thread go to this device.
     pub(crate) fn enter(&self) -> Result<(), Error> {
         self.driver.enter(self.context)
+    }
+
+    /// Whether its kernels wait by themselves for those before them (`begin` of the kernels): only Hopper's code does.
+    pub(crate) fn overlaps(&self) -> bool {
+        self.facts.capability == HOPPER
     }
 
     pub(crate) fn function(&self, kernel: Kernel) -> Function {

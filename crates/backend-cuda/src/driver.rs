@@ -28,6 +28,28 @@ pub(crate) type DevicePtr = u64;
 /// An opaque handle of the driver.
 type Handle = *mut c_void;
 
+/// `CUlaunchConfig`
+#[repr(C)]
+struct LaunchConfig {
+    grid: [c_uint; 3],
+    block: [c_uint; 3],
+    shared: c_uint,
+    stream: Handle,
+    attributes: *const LaunchAttribute,
+    count: c_uint,
+}
+
+/// `CUlaunchAttribute`
+#[repr(C)]
+struct LaunchAttribute {
+    id: c_uint,
+    padding: c_uint,
+    value: [u64; 8],
+}
+
+/// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: the kernel may begin before those in front of it end.
+static OVERLAP: LaunchAttribute = LaunchAttribute { id: 6, padding: 0, value: [1, 0, 0, 0, 0, 0, 0, 0] };
+
 /// A loaded kernel.
 #[derive(Clone, Copy)]
 pub(crate) struct Function(Handle);
@@ -87,9 +109,7 @@ functions! {
     module = "cuModuleLoadData"(*mut Handle, *const c_void);
     function = "cuModuleGetFunction"(*mut Handle, Handle, *const c_char);
     function_attribute = "cuFuncSetAttribute"(Handle, c_int, c_int);
-    launch = "cuLaunchKernel"(
-        Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void
-    );
+    launch = "cuLaunchKernelEx"(*const LaunchConfig, Handle, *mut *mut c_void, *mut *mut c_void);
 }
 
 #[allow(unsafe_code, reason = "opening a library runs its initialisers")]
@@ -378,11 +398,11 @@ impl Driver {
         self.check("cuFuncSetAttribute", code)
     }
 
-    /// Puts a kernel in line.
+    /// Puts a kernel in line. With `overlap` it may begin before those in front of it end.
     ///
     /// # Safety
     /// `arguments` point to values of the types that the kernel declares, and its pointers to memory that is as large
-    /// as it expects.
+    /// as it expects. A kernel that overlaps waits by itself before it touches memory that others write.
     #[allow(unsafe_code, reason = "calls of the driver")]
     pub(crate) unsafe fn launch(
         &self,
@@ -390,15 +410,17 @@ impl Driver {
         grid: [u32; 3],
         block: u32,
         shared: u32,
+        overlap: bool,
         arguments: &mut [*mut c_void],
         stream: &Stream,
     ) -> Result<(), Error> {
+        let (block, count) = ([block, 1, 1], u32::from(overlap));
+        let config =
+            LaunchConfig { grid, block, shared, stream: stream.0, attributes: &raw const OVERLAP, count };
         let (arguments, none) = (arguments.as_mut_ptr(), ptr::null_mut());
-        let [x, y, z] = grid;
         // SAFETY: the caller's promise.
-        let code =
-            unsafe { (self.f.launch)(function.0, x, y, z, block, 1, 1, shared, stream.0, arguments, none) };
-        self.check("cuLaunchKernel", code)
+        let code = unsafe { (self.f.launch)(&raw const config, function.0, arguments, none) };
+        self.check("cuLaunchKernelEx", code)
     }
 
     /// What `put` puts in line becomes a graph instead.
@@ -432,6 +454,7 @@ impl Driver {
 
     /// Forgets a graph.
     #[allow(unsafe_code, reason = "calls of the driver")]
+    #[allow(clippy::needless_pass_by_value, reason = "what is forgotten cannot be used again")]
     pub(crate) fn drop_graph(&self, graph: Graph) {
         // SAFETY: it was alive, and is gone with this.
         unsafe { (self.f.exec_destroy)(graph.0) };
@@ -446,6 +469,7 @@ impl Driver {
 
     /// Gives page-locked memory back.
     #[allow(unsafe_code, reason = "calls of the driver")]
+    #[allow(clippy::needless_pass_by_value, reason = "what is forgotten cannot be used again")]
     pub(crate) fn drop_pinned(&self, pinned: Pinned) {
         // SAFETY: it came from `pinned`, and is gone with this.
         unsafe { (self.f.host_free)(pinned.at.cast()) };

@@ -36,6 +36,32 @@ kernels! {
     Route = "route",
     GatherRows = "gather_rows",
     Concat = "concat",
+    RoundRows = "round_rows",
+    ToBf16 = "to_bf16",
+    MoeGroup = "moe_group",
+    ExpertsSum = "experts_sum",
+    GateLogits = "gate_logits",
+    Absorb1 = "absorb_1",
+    Absorb8 = "absorb_8",
+    AttendBlock = "attend_block",
+    AttendValues = "attend_values",
+    FillRandom = "fill_random",
+    ProductBf16x8 = "product_bf16_8",
+    ProductBf16x16 = "product_bf16_16",
+    ProductBf16x32 = "product_bf16_32",
+    ProductBf16x64 = "product_bf16_64",
+    ExpertsInnerBf16x8 = "experts_inner_bf16_8",
+    ExpertsOuterBf16x8 = "experts_outer_bf16_8",
+    ExpertsInnerBf16x32 = "experts_inner_bf16_32",
+    ExpertsOuterBf16x32 = "experts_outer_bf16_32",
+    ProductFp8x8 = "product_fp8_8",
+    ProductFp8x16 = "product_fp8_16",
+    ProductFp8x32 = "product_fp8_32",
+    ProductFp8x64 = "product_fp8_64",
+    ExpertsInnerFp8x8 = "experts_inner_fp8_8",
+    ExpertsOuterFp8x8 = "experts_outer_fp8_8",
+    ExpertsInnerFp8x32 = "experts_inner_fp8_32",
+    ExpertsOuterFp8x32 = "experts_outer_fp8_32",
 }
 
 #[cfg(test)]
@@ -43,9 +69,12 @@ mod tests {
     use super::*;
 
     const SOURCES: &[&[u8]] = &[
+        include_bytes!("../kernels/all.cu"),
         include_bytes!("../kernels/cache.cuh"),
         include_bytes!("../kernels/formats.cuh"),
+        include_bytes!("../kernels/native.cu"),
         include_bytes!("../kernels/plain.cu"),
+        include_bytes!("../kernels/step.cuh"),
     ];
 
     /// FNV-1a, 64 bits, over the sources in the order of their names; `xtask/src/cuda.rs` writes it.

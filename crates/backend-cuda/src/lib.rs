@@ -1,7 +1,8 @@
 //! The CUDA backend: the NVIDIA driver opened at run time, kernels in one embedded fatbin.
 //!
 //! * `driver.rs`: the few driver functions that are used, behind checked calls. `device.rs`: devices and their memory.
-//! * `kernels.rs`: the kernels' names and machine code; `kernels/*.cu` are their sources, `cargo xtask cuda` builds them.
+//! * `kernels.rs`: the kernels' names and machine code; `kernels/*.cu` are their sources, `cargo xtask cuda` builds
+//!   them.
 //! * `queue.rs`: ops note launches; a whole step goes to the device at once, as a CUDA graph once it came before.
 //! * `ops/`: what each op checks and launches.
 #![deny(unsafe_code)]
@@ -33,6 +34,12 @@ use queue::{Queue, Shape, arguments};
 
 /// Most rows of a step: what the second dimension of a grid allows.
 const STEP_ROWS_MAX: usize = 65_535;
+/// Columns whose sum the tensor cores keep in one order: products take whole runs.
+const RUN: usize = 128;
+/// Deviation of random vectors: norms and biases of benchmarks.
+const RANDOM_VECTOR: f32 = 0.1;
+/// Bytes that are copied to measure the memory's bandwidth.
+const COPY_BYTES: usize = 512 << 20;
 /// Bytes of a `Matrix` of the kernels.
 const MATRIX_BYTES: usize = 32;
 
@@ -41,6 +48,30 @@ const MATRIX_BYTES: usize = 32;
 pub struct CudaOptions {
     /// Which of the machine's devices, as the driver counts them (`CUDA_VISIBLE_DEVICES` is heeded).
     pub ordinal: usize,
+    /// What activations are rounded to; default: not at all.
+    pub precision: Precision,
+    /// For benchmarks: weights are random numbers made on the device, what is loaded gives only shapes and formats.
+    pub random_weights: bool,
+}
+
+/// How exact products of activations and weights are. Sums are always F32.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// Activations are F32: results are those of the scalar reference.
+    #[default]
+    Exact,
+    /// Activations are rounded to BF16 for the tensor cores where weights are BF16 or FP8 and their columns a multiple
+    /// of 128; attention multiplies BF16 where the cache is BF16. The router and everything else stay exact.
+    Native,
+}
+
+impl Precision {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Native => "native",
+        }
+    }
 }
 
 /// How many CUDA devices this machine has.
@@ -57,6 +88,10 @@ struct Activations {
     rows_max: usize,
     cols: usize,
     at: DevicePtr,
+    /// The same in BF16, made when it is first wanted.
+    rounded: DevicePtr,
+    /// Rows of `rounded` that are those of `at`.
+    rounded_rows: usize,
 }
 
 /// A weight on the device.
@@ -64,12 +99,29 @@ struct Activations {
 struct Matrix {
     rows: usize,
     cols: usize,
+    dtype: DType,
+    /// How the tensor cores multiply it, if they do.
+    product: Option<Product>,
     /// The `Matrix` of the kernels.
     record: DevicePtr,
 }
 
-/// Sizes of a matrix before it has a record.
+/// `Matrix` of the kernels.
 type Record = [u8; MATRIX_BYTES];
+
+/// What the tensor cores multiply BF16 activations with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Product {
+    Bf16,
+    Fp8,
+}
+
+/// A layer's `kv_b`: as loaded, and in BF16 for the tensor cores.
+#[derive(Clone, Copy)]
+struct KvBFactor {
+    matrix: Matrix,
+    rounded: Option<DevicePtr>,
+}
 
 struct ExpertSet {
     /// Three records (gate, up, down) per expert.
@@ -77,6 +129,8 @@ struct ExpertSet {
     /// `[rows, cols]` of the three matrices of each expert.
     sizes: Vec<[(usize, usize); 3]>,
     inner_max: usize,
+    /// How the tensor cores multiply all of them.
+    product: Option<Product>,
 }
 
 struct RoutingRows {
@@ -123,11 +177,14 @@ struct Room {
 /// An NVIDIA GPU as a [`Backend`].
 pub struct CudaBackend {
     device: Arc<Device>,
+    options: CudaOptions,
+    /// Seed of the next random weight.
+    seed: usize,
     // Dropped in this order: the queue waits for the device, then the memory goes.
     queue: Queue,
     pool: Pool,
     matrices: Vec<Matrix>,
-    kv_bs: Vec<Matrix>,
+    kv_bs: Vec<KvBFactor>,
     vectors: Vec<(DevicePtr, usize)>,
     experts: Vec<ExpertSet>,
     ropes: Vec<RopeTable>,
@@ -143,6 +200,11 @@ pub struct CudaBackend {
     absorbed: Room,
     inner: Room,
     shared_inner: Room,
+    grouped: Room,
+    tiles: Room,
+    outer: Room,
+    sums: Room,
+    totals: Room,
     read: Option<(Buffer, usize)>,
 }
 
@@ -158,6 +220,8 @@ impl CudaBackend {
             queue: Queue::new(Arc::clone(&device))?,
             pool: Pool::new(Arc::clone(&device)),
             device,
+            options,
+            seed: 1,
             matrices: Vec::new(),
             kv_bs: Vec::new(),
             vectors: Vec::new(),
@@ -174,6 +238,11 @@ impl CudaBackend {
             absorbed: Room::default(),
             inner: Room::default(),
             shared_inner: Room::default(),
+            grouped: Room::default(),
+            tiles: Room::default(),
+            outer: Room::default(),
+            sums: Room::default(),
+            totals: Room::default(),
             read: None,
         })
     }
@@ -185,6 +254,25 @@ impl CudaBackend {
     pub fn memory(&self) -> Result<(usize, usize), Error> {
         self.device.enter()?;
         self.device.driver.memory()
+    }
+
+    /// Bytes per second that the device's memory reads and writes together, in a large copy.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] or [`Error::Device`].
+    pub fn copy_bandwidth(&mut self) -> Result<f64, Error> {
+        const COPIES: usize = 20;
+        self.device.enter()?;
+        let mut pool = Pool::new(Arc::clone(&self.device));
+        let (from, to) = (pool.take("copy", COPY_BYTES)?, pool.take("copy", COPY_BYTES)?);
+        self.queue.copy(to, from, COPY_BYTES)?;
+        self.queue.wait()?;
+        let start = std::time::Instant::now();
+        for _ in 0..COPIES {
+            self.queue.copy(to, from, COPY_BYTES)?;
+        }
+        self.queue.wait()?;
+        Ok((2 * COPIES * COPY_BYTES) as f64 / start.elapsed().as_secs_f64())
     }
 
     /// Bytes that this backend took from the device.
@@ -225,6 +313,38 @@ impl CudaBackend {
         } else {
             Ok(())
         }
+    }
+
+    /// Notes that an op writes to `b`: what was rounded from it is stale.
+    fn touch(&mut self, b: Buffer) {
+        if let Some(a) = self.buffers.get_mut(b.0 as usize) {
+            a.rounded_rows = 0;
+        }
+    }
+
+    /// Where the BF16 rows of `b` go.
+    fn room_for_rounded(&mut self, op: &'static str, b: Buffer) -> Result<DevicePtr, Error> {
+        let a = self.buffer(op, b)?;
+        if a.rounded != 0 {
+            return Ok(a.rounded);
+        }
+        let at = self.pool.take("rounded activations", a.rows_max * a.cols * 2)?;
+        self.buffers[b.0 as usize].rounded = at;
+        Ok(at)
+    }
+
+    /// The first `rows` rows of `b` in BF16.
+    fn rounded(&mut self, op: &'static str, b: Buffer, rows: usize) -> Result<DevicePtr, Error> {
+        let to = self.room_for_rounded(op, b)?;
+        let a = self.buffer(op, b)?;
+        if a.rounded_rows < rows {
+            let n = rows * a.cols;
+            at_most(op, "activations", i32::MAX as usize, n)?;
+            let shape = Shape::new([n.div_ceil(1024).min(1024), 1, 1], 256);
+            self.queue.push(Kernel::RoundRows, shape, arguments![a.at, to, n]);
+            self.buffers[b.0 as usize].rounded_rows = rows;
+        }
+        Ok(to)
     }
 
     fn rope(&self, op: &'static str, r: Rope, rope: usize) -> Result<&RopeTable, Error> {
@@ -283,6 +403,9 @@ impl CudaBackend {
         for size in [m.rows(), m.cols(), m.row_bytes()] {
             at_most("load_matrix", "rows, columns or bytes of a row", i32::MAX as usize, size)?;
         }
+        if self.options.random_weights {
+            return self.bring_random(m);
+        }
         let data = self.place("weights", m.data())?;
         let scales = match (m.scales(), m.group_scales()) {
             (Some(s), _) => self.place("block scales", &bytes_of(s))?,
@@ -290,20 +413,55 @@ impl CudaBackend {
             (None, None) => 0,
         };
         m.release();
-        let format = DType::ALL.iter().position(|d| *d == m.dtype()).unwrap_or_default();
-        let mut record = [0; MATRIX_BYTES];
-        record[..8].copy_from_slice(&data.to_le_bytes());
-        record[8..16].copy_from_slice(&scales.to_le_bytes());
-        for (field, v) in record[16..].chunks_exact_mut(4).zip([format, m.rows(), m.cols(), m.row_bytes()]) {
-            field.copy_from_slice(&(v as u32).to_le_bytes());
-        }
-        Ok(record)
+        Ok(record_of(m, data, scales))
+    }
+
+    /// A weight of the same shape and format whose values are random.
+    fn bring_random(&mut self, m: &HostMatrix) -> Result<Record, Error> {
+        let deviation = 1.0 / (m.cols() as f32).sqrt();
+        let elements = m.rows() * m.cols();
+        let (data, scales) = match m.dtype() {
+            DType::F32 | DType::BF16 => (self.random(m.dtype(), elements, deviation)?, 0),
+            DType::F8E4M3 => {
+                let grid = m.rows().div_ceil(128) * m.cols().div_ceil(128);
+                (self.random(m.dtype(), elements, 1.0)?, self.random(DType::F32, grid, deviation)?)
+            }
+            other => {
+                let (op, dtype) = ("random weights", other.name());
+                return Err(Error::Unsupported { op, backend: "cuda", dtype });
+            }
+        };
+        Ok(record_of(m, data, scales))
+    }
+
+    fn random(&mut self, dtype: DType, n: usize, deviation: f32) -> Result<DevicePtr, Error> {
+        let at = self.pool.take("weights", n * dtype.block_bytes())?;
+        self.seed += 1;
+        let shape = Shape::new([n.div_ceil(1024).min(4096), 1, 1], 256);
+        self.queue.push(
+            Kernel::FillRandom,
+            shape,
+            arguments![at, n, format_code(dtype), deviation, self.seed],
+        );
+        self.queue.flush()?;
+        Ok(at)
+    }
+
+    /// How the tensor cores multiply a weight, if they do.
+    fn product_of(&self, m: &HostMatrix) -> Option<Product> {
+        let product = match m.dtype() {
+            DType::BF16 => Product::Bf16,
+            DType::F8E4M3 => Product::Fp8,
+            _ => return None,
+        };
+        (self.options.precision == Precision::Native && m.cols().is_multiple_of(RUN)).then_some(product)
     }
 
     fn admit(&mut self, m: &HostMatrix) -> Result<Matrix, Error> {
         self.device.enter()?;
         let record = self.bring(m)?;
-        Ok(Matrix { rows: m.rows(), cols: m.cols(), record: self.place("weights", &record)? })
+        let (rows, cols, dtype, product) = (m.rows(), m.cols(), m.dtype(), self.product_of(m));
+        Ok(Matrix { rows, cols, dtype, product, record: self.place("weights", &record)? })
     }
 
     /// Makes `room` at least `bytes` large.
@@ -351,6 +509,22 @@ fn push<T>(list: &mut Vec<T>, item: T) -> u32 {
     (list.len() - 1) as u32
 }
 
+/// A format as the kernels count them.
+fn format_code(dtype: DType) -> usize {
+    DType::ALL.iter().position(|d| *d == dtype).unwrap_or_default()
+}
+
+fn record_of(m: &HostMatrix, data: DevicePtr, scales: DevicePtr) -> Record {
+    let mut record = [0; MATRIX_BYTES];
+    record[..8].copy_from_slice(&data.to_le_bytes());
+    record[8..16].copy_from_slice(&scales.to_le_bytes());
+    let sizes = [format_code(m.dtype()), m.rows(), m.cols(), m.row_bytes()];
+    for (field, v) in record[16..].chunks_exact_mut(4).zip(sizes) {
+        field.copy_from_slice(&(v as u32).to_le_bytes());
+    }
+    record
+}
+
 fn bytes_of(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
@@ -366,8 +540,10 @@ impl Backend for CudaBackend {
         DeviceInfo {
             backend: "cuda",
             device: format!(
-                "{}, compute capability {major}.{minor}, {} multiprocessors, exact products",
-                facts.name, facts.multiprocessors
+                "{}, compute capability {major}.{minor}, {} multiprocessors, {} products",
+                facts.name,
+                facts.multiprocessors,
+                self.options.precision.name()
             ),
         }
     }
@@ -379,15 +555,22 @@ impl Backend for CudaBackend {
 
     fn load_vector(&mut self, values: &[f32]) -> Result<Vector, Error> {
         self.device.enter()?;
-        let at = self.place("vector", &bytes_of(values))?;
+        let at = if self.options.random_weights {
+            self.random(DType::F32, values.len(), RANDOM_VECTOR)?
+        } else {
+            self.place("vector", &bytes_of(values))?
+        };
         Ok(Vector(push(&mut self.vectors, (at, values.len()))))
     }
 
     fn load_experts(&mut self, experts: Vec<ExpertMatrices>) -> Result<Experts, Error> {
         self.device.enter()?;
         let (mut records, mut sizes) = (Vec::new(), Vec::new());
+        let first = experts.first().and_then(|e| self.product_of(&e.gate));
+        let mut alike = true;
         for e in &experts {
             let three = [&e.gate, &e.up, &e.down];
+            alike &= three.iter().all(|m| self.product_of(m) == first);
             for m in three {
                 records.extend(self.bring(m)?);
             }
@@ -395,7 +578,10 @@ impl Backend for CudaBackend {
         }
         let inner_max = sizes.iter().map(|s| s[0].0).max().unwrap_or(0);
         let records = self.place("experts", &records)?;
-        Ok(Experts(push(&mut self.experts, ExpertSet { records, sizes, inner_max })))
+        Ok(Experts(push(
+            &mut self.experts,
+            ExpertSet { records, sizes, inner_max, product: first.filter(|_| alike) },
+        )))
     }
 
     fn load_kv_b(&mut self, shape: &MlaShape, matrix: HostMatrix) -> Result<KvB, Error> {
@@ -403,7 +589,17 @@ impl Backend for CudaBackend {
         expect(op, "rows", shape.heads * (shape.nope + shape.value), matrix.rows())?;
         expect(op, "columns", shape.latent, matrix.cols())?;
         let matrix = self.admit(&matrix)?;
-        Ok(KvB(push(&mut self.kv_bs, matrix)))
+        let rounded = match self.options.precision {
+            Precision::Exact => None,
+            Precision::Native => {
+                let at = self.pool.take("kv_b in BF16", matrix.rows * matrix.cols * 2)?;
+                let shape = Shape::new([matrix.rows, 1, 1], 256);
+                self.queue.push(Kernel::ToBf16, shape, arguments![matrix.record, at]);
+                self.queue.flush()?;
+                Some(at)
+            }
+        };
+        Ok(KvB(push(&mut self.kv_bs, KvBFactor { matrix, rounded })))
     }
 
     fn load_rope(&mut self, inv_freq: &[f32], magnitude: f32) -> Result<Rope, Error> {
@@ -416,7 +612,7 @@ impl Backend for CudaBackend {
     fn alloc(&mut self, rows_max: usize, cols: usize) -> Result<Buffer, Error> {
         self.device.enter()?;
         let at = self.zeroed("activation buffer", &[rows_max, cols, 4])?;
-        Ok(Buffer(push(&mut self.buffers, Activations { rows_max, cols, at })))
+        Ok(Buffer(push(&mut self.buffers, Activations { rows_max, cols, at, rounded: 0, rounded_rows: 0 })))
     }
 
     fn alloc_routing(&mut self, rows_max: usize, top_k: usize) -> Result<Routing, Error> {
@@ -457,6 +653,7 @@ impl Backend for CudaBackend {
     }
 
     fn embed(&mut self, table: Weight, out: Buffer) -> Result<(), Error> {
+        self.touch(out);
         self.embed_tokens(table, out)
     }
 
@@ -472,14 +669,17 @@ impl Backend for CudaBackend {
     }
 
     fn matmul(&mut self, x: Buffer, weight: Weight, out: Buffer, rows: usize) -> Result<(), Error> {
+        self.touch(out);
         self.matmul_rows("matmul", x, weight, out, rows, false)
     }
 
     fn matmul_add(&mut self, x: Buffer, weight: Weight, out: Buffer, rows: usize) -> Result<(), Error> {
+        self.touch(out);
         self.matmul_rows("matmul_add", x, weight, out, rows, true)
     }
 
     fn rope_queries(&mut self, shape: &MlaShape, rope: Rope, q: Buffer) -> Result<(), Error> {
+        self.touch(q);
         self.rotate_queries(shape, rope, q)
     }
 
@@ -509,6 +709,7 @@ impl Backend for CudaBackend {
     }
 
     fn mlp(&mut self, x: Buffer, mlp: &Mlp, out: Buffer) -> Result<(), Error> {
+        self.touch(out);
         self.mlp_rows(x, mlp, out)
     }
 
@@ -531,11 +732,13 @@ impl Backend for CudaBackend {
         shared: Option<&Mlp>,
         out: Buffer,
     ) -> Result<(), Error> {
+        self.touch(out);
         self.moe_rows(x, routing, experts, shared, out)
     }
 
     fn gather_rows(&mut self, x: Buffer, rows: &[u32], out: Buffer) -> Result<(), Error> {
         let op = "gather_rows";
+        self.touch(out);
         Self::apart(op, x, out)?;
         let x = self.buffer(op, x)?;
         let out = self.sized(op, out, rows.len(), x.cols)?;
@@ -557,6 +760,7 @@ impl Backend for CudaBackend {
 
     fn concat(&mut self, a: Buffer, b: Buffer, out: Buffer) -> Result<(), Error> {
         let op = "concat";
+        self.touch(out);
         Self::apart(op, a, out)?;
         Self::apart(op, b, out)?;
         let (a, b) = (self.buffer(op, a)?, self.buffer(op, b)?);
@@ -582,6 +786,7 @@ impl Backend for CudaBackend {
 
     fn write(&mut self, values: &[f32], out: Buffer) -> Result<(), Error> {
         let op = "write";
+        self.touch(out);
         let cols = self.buffer(op, out)?.cols;
         expect(op, "values", values.len() / cols * cols, values.len())?;
         let out = self.sized(op, out, values.len() / cols, cols)?;

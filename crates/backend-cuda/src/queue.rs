@@ -1,8 +1,8 @@
 //! Kernels that wait to be launched, and steps that are launched as one graph.
 //!
-//! Ops only note what is to run. When a result is wanted the whole list goes to the device. A list that came before, word
-//! by word, is kept as a CUDA graph: one call instead of hundreds. That works because ops name only buffers made at
-//! start, and all that changes from step to step lies in memory that `begin_step` fills.
+//! Ops only note what is to run. When a result is wanted the whole list goes to the device. A list that came before,
+//! word by word, is kept as a CUDA graph: one call instead of hundreds. That works because ops name only buffers made
+//! at start, and all that changes from step to step lies in memory that `begin_step` fills.
 
 use std::{collections::HashMap, ffi::c_void, sync::Arc};
 
@@ -220,6 +220,7 @@ impl Queue {
                     l.shape.grid,
                     l.shape.block,
                     l.shape.shared,
+                    self.device.overlaps(),
                     &mut pointers,
                     &self.stream,
                 )?;

@@ -43,6 +43,6 @@ fn rows_do_not_depend_on_their_neighbours() {
 #[test]
 fn a_device_that_is_not_there_is_named() {
     let ordinal = device_count().unwrap_or(0);
-    let e = CudaBackend::new(CudaOptions { ordinal }).err().unwrap().to_string();
+    let e = CudaBackend::new(CudaOptions { ordinal, ..CudaOptions::default() }).err().unwrap().to_string();
     assert!(e.contains("NVIDIA driver") || e.contains(&format!("no CUDA device {ordinal}")), "{e}");
 }

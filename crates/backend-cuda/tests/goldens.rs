@@ -5,8 +5,8 @@
 
 use std::path::{Path, PathBuf};
 
-use oxseek_backend_cuda::{CudaBackend, CudaOptions};
-use oxseek_selftest::{demo, fixture, golden::Golden};
+use oxseek_backend_cuda::{CudaBackend, CudaOptions, Precision};
+use oxseek_selftest::{agreement, demo, fixture, golden::Golden};
 use oxseek_tensor::Backend;
 use oxseek_weights::Checkpoint;
 
@@ -47,4 +47,20 @@ fn the_demo_model() {
         println!("{figures}");
         assert!(figures.passed(), "{figures}");
     }
+}
+
+#[test]
+fn native_precision_stays_close() {
+    if !has_device() {
+        return;
+    }
+    let checkpoint = Checkpoint::open(&root().join("models/oxseek-demo")).unwrap();
+    let golden = Golden::open(&root().join("goldens/oxseek-demo.safetensors.gz")).unwrap();
+    let mut native = || {
+        let options = CudaOptions { precision: Precision::Native, ..CudaOptions::default() };
+        Ok(Box::new(CudaBackend::new(options)?) as Box<dyn Backend>)
+    };
+    let figures = agreement::check(&checkpoint, &golden, &mut make, &mut native).unwrap();
+    println!("{figures}");
+    assert!(figures.passed(), "{figures}");
 }

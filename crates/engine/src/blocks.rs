@@ -95,13 +95,12 @@ impl BlockPool {
 
     /// Takes a free block, or the known one that was not used for the longest time.
     pub fn take(&mut self) -> Option<u32> {
-        let block = match self.free.pop() {
-            Some(block) => block,
-            None => {
-                let (_, block) = self.idle.pop_first()?;
-                self.forget(block);
-                block
-            }
+        let block = if let Some(block) = self.free.pop() {
+            block
+        } else {
+            let (_, block) = self.idle.pop_first()?;
+            self.forget(block);
+            block
         };
         self.blocks[block as usize].holders = 1;
         Some(block)

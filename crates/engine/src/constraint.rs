@@ -13,9 +13,9 @@ pub trait Grammar: Send + Sync {
 /// Follows one answer and says which tokens may come next.
 ///
 /// For every token of the answer there is one call of [`Constraint::allowed`], then, when the token does not end the
-/// answer, one of [`Constraint::commit`]. Calls of `allowed` run beside the model's forward, on a thread of their own, so
-/// a mask that takes milliseconds costs the others of the step only what it takes longer than the forward. A panic in
-/// either, or an error, fails the request alone.
+/// answer, one of [`Constraint::commit`]. Calls of `allowed` run beside the model's forward, on a thread of their own,
+/// so a mask that takes milliseconds costs the others of the step only what it takes longer than the forward. A panic
+/// in either, or an error, fails the request alone.
 pub trait Constraint: Send {
     /// What may come next. `mask` comes with no token allowed, and is looked at only for [`Allowed::Masked`].
     ///

@@ -823,6 +823,9 @@ mod tests {
         }
     }
 
+    /// What a row of the cache is made from: its salt, its whole history and its form.
+    type Row = (Option<Arc<str>>, Vec<u32>, u8);
+
     #[derive(Debug, Clone)]
     enum Move {
         Submit { tokens: usize, forks: usize, kind: u32, who: u64, score: bool },
@@ -860,8 +863,7 @@ mod tests {
         fn no_step_breaks_a_bound_and_no_block_is_lost_or_mixed_up(moves in moves(), reuse: bool) {
             let (places, budget, blocks) = (4, 50, 8);
             let mut s = Scheduler::new(SchedulerLimits { reuse, ..limits(places, budget, blocks) });
-            // What the cache holds: the whole history of each row, its form and its salt.
-            let mut cache: Vec<Vec<Option<(Option<Arc<str>>, Vec<u32>, u8)>>> = vec![vec![None; 64]; blocks];
+            let mut cache: Vec<Vec<Option<Row>>> = vec![vec![None; 64]; blocks];
             let mut alive: Vec<(SequenceId, usize)> = Vec::new();
             let mut next = 0;
             for m in moves {

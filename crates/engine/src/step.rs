@@ -273,7 +273,7 @@ impl Worker {
                 self.report_progress(&planned);
                 self.commit();
             }
-            Err(error) => self.fail_step(error),
+            Err(error) => self.fail_step(error.as_ref()),
         }
         self.monitor.pulse.step_ends();
         add(&self.monitor.counters.steps, 1);
@@ -482,9 +482,9 @@ impl Worker {
     }
 
     /// Fails every request of the step, and the engine when the model does not work any more.
-    fn fail_step(&mut self, error: Option<ModelError>) {
+    fn fail_step(&mut self, error: Option<&ModelError>) {
         add(&self.monitor.counters.steps_failed, 1);
-        let message = match &error {
+        let message = match error {
             Some(e) => e.to_string(),
             None => "the engine met an internal error in this step".into(),
         };
@@ -500,8 +500,8 @@ impl Worker {
         }
     }
 
-    /// Whether the model computes one row. Nothing that a failed step wrote is used again, so if it does, the engine can
-    /// go on.
+    /// Whether the model computes one row. Nothing that a failed step wrote is used again, so if it does, the engine
+    /// can go on.
     fn works(&mut self) -> bool {
         let Some(block) = self.scheduler.lend_block() else { return true };
         self.batch.clear();

@@ -260,6 +260,13 @@ pub struct PlanArgs {
 pub struct BenchArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Measure a model of this shape (v2-lite, moonlight, v3, or the path of a config.json) whose
+    /// weights are random numbers made on the GPU; needs --device cuda
+    #[arg(long, conflicts_with = "model")]
+    pub shape: Option<String>,
+    /// Format of those weights: bf16, fp8 or f32
+    #[arg(long, value_parser = formats::parse, default_value = "bf16", requires = "shape")]
+    pub weights: DType,
     /// Tokens of the prompt; 0 measures no prefill
     #[arg(short, long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(0..=65536))]
     pub prompt: u32,

@@ -1,6 +1,7 @@
 //! `oxseek bench`: how fast the model starts, prefills and decodes, and how near it comes to what the machine can do.
 
 mod cold;
+mod gpu;
 mod report;
 mod test;
 
@@ -16,7 +17,7 @@ use self::{
     test::{Context, Test},
 };
 use crate::{
-    args::BenchArgs,
+    args::{BenchArgs, DeviceArg},
     failure::Failure,
     open::{cpu_backend, open_checkpoint, placed_backend},
 };
@@ -26,6 +27,12 @@ const START_TOKENS: usize = 32;
 
 /// Measures and prints. `started` is when the process began.
 pub fn bench(args: &BenchArgs, started: Instant) -> Result<(), Failure> {
+    if let DeviceArg::Cuda(ordinal) = args.model.device {
+        return gpu::bench(args, ordinal, started);
+    }
+    if args.shape.is_some() {
+        return Err(Failure::Usage("--shape makes its weights on a GPU: give --device cuda".into()));
+    }
     let mut report = Report::new(args.format, args.profile);
     if args.limit {
         let backend = cpu_backend(&args.model)?;

@@ -1,12 +1,12 @@
 //! Which backend a model runs on.
 
-use oxseek_backend_cuda::{CudaBackend, CudaOptions};
+use oxseek_backend_cuda::{CudaBackend, CudaOptions, Precision};
 use oxseek_model::{Footprint, LoadOptions};
 use oxseek_tensor::Backend;
 use oxseek_weights::Checkpoint;
 
 use crate::{
-    args::{DeviceArg, ModelArgs},
+    args::{DeviceArg, ModelArgs, PrecisionArg},
     failure::Failure,
     inspect::size,
     open::placed_backend,
@@ -29,10 +29,10 @@ pub fn chosen_backend(
     match args.device {
         DeviceArg::Cpu => {}
         DeviceArg::Cuda(ordinal) => {
-            let backend = cuda_backend(ordinal, checkpoint, options);
+            let backend = cuda_backend(args, ordinal, checkpoint, options);
             return backend.map_err(|e| Failure::Usage(format!("--device cuda:{ordinal}: {e}")));
         }
-        DeviceArg::Auto => match cuda_backend(0, checkpoint, options) {
+        DeviceArg::Auto => match cuda_backend(args, 0, checkpoint, options) {
             Ok(backend) => return Ok(backend),
             Err(why) if why.starts_with(NO_DRIVER) => {}
             Err(why) => eprintln!("oxseek: running on the CPU: {why}"),
@@ -41,14 +41,23 @@ pub fn chosen_backend(
     Ok(Box::new(placed_backend(args, checkpoint, options)?))
 }
 
+/// What the command line asks of a GPU.
+pub fn cuda_options(args: &ModelArgs, ordinal: u16) -> CudaOptions {
+    let precision = match args.precision {
+        PrecisionArg::Exact => Precision::Exact,
+        PrecisionArg::Native => Precision::Native,
+    };
+    CudaOptions { ordinal: usize::from(ordinal), precision, ..CudaOptions::default() }
+}
+
 /// The GPU, if it holds the model.
 fn cuda_backend(
+    args: &ModelArgs,
     ordinal: u16,
     checkpoint: &Checkpoint,
     options: &LoadOptions,
 ) -> Result<Box<dyn Backend>, String> {
-    let options_of_device = CudaOptions { ordinal: usize::from(ordinal) };
-    let backend = CudaBackend::new(options_of_device).map_err(|e| e.to_string())?;
+    let backend = CudaBackend::new(cuda_options(args, ordinal)).map_err(|e| e.to_string())?;
     let (free, _) = backend.memory().map_err(|e| e.to_string())?;
     let need = cuda_bytes(checkpoint, options);
     if need > free as u64 {

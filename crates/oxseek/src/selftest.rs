@@ -81,7 +81,7 @@ fn check_ops_of(name: &str, make: &mut dyn FnMut() -> Box<dyn Backend>) -> usize
 
 /// Ops, the demo model and fixtures on a GPU; gives the number of failures.
 fn check_cuda(ordinal: u16, goldens: Option<&Path>) -> Result<usize, Failure> {
-    let options = CudaOptions { ordinal: usize::from(ordinal) };
+    let options = CudaOptions { ordinal: usize::from(ordinal), ..CudaOptions::default() };
     let first =
         CudaBackend::new(options).map_err(|e| Failure::Usage(format!("--device cuda:{ordinal}: {e}")))?;
     println!("{}", first.info().device);

@@ -19,7 +19,7 @@ use std::{
 use indicatif::ProgressBar;
 use oxseek_tensor::{DType, Error, blocks::encode_row, conformance::Random};
 use oxseek_weights::{
-    ModelConfig,
+    Checkpoint, ModelConfig,
     gguf::{Array, GgmlType, GgufWriter, Slot, Source, describe, layout},
 };
 
@@ -62,6 +62,15 @@ pub fn synth(args: &SynthArgs) -> Result<(), Failure> {
     let (parameters, bytes) = (count(synth.parameters()), size(synth.bar.length().unwrap_or(0)));
     println!("{}: {parameters} parameters, {bytes} in {seconds:.1} s", out.display());
     Ok(())
+}
+
+/// A model of a real shape without weights, for a backend that makes its own.
+pub fn hollow(shape: &str, format: DType) -> Result<Checkpoint, Failure> {
+    folder::check(format)?;
+    let shape = Shape::find(shape, None)?;
+    let words = Words::of(&shape.config)?;
+    let synth = Synth { shape, words, format, seed: 0, pools: HashMap::new(), bar: ProgressBar::hidden() };
+    Checkpoint::from_files(folder::hollow(&synth)?).map_err(|e| Failure::Model(e.to_string()))
 }
 
 /// A model in the making.
@@ -276,7 +285,6 @@ impl Recipe {
 mod tests {
     use oxseek_model::{Batch, DeepSeek, LanguageModel, LoadOptions, LogitRows};
     use oxseek_tensor::reference::ReferenceBackend;
-    use oxseek_weights::Checkpoint;
 
     use super::*;
     use crate::wording::Wording;
@@ -307,6 +315,21 @@ mod tests {
         batch.push(&[7, 20, 30, 40, 50], 0, 5, &[0], LogitRows::Last);
         model.forward(&batch, &mut logits).unwrap();
         logits
+    }
+
+    /// Every tensor is there by its name and shape, or the model would not load.
+    #[test]
+    fn a_hollow_model_loads() {
+        let folder = std::env::temp_dir().join(format!("oxseek-hollow-{}", std::process::id()));
+        fs::create_dir(&folder).unwrap();
+        let config = folder.join("small.json");
+        fs::write(&config, CONFIG).unwrap();
+        for format in [DType::BF16, DType::F8E4M3] {
+            let checkpoint = hollow(&config.to_string_lossy(), format).unwrap();
+            assert!(logits(&checkpoint).iter().all(|v| *v == 0.0));
+        }
+        assert!(hollow(&config.to_string_lossy(), DType::Q4K).is_err());
+        fs::remove_dir_all(&folder).unwrap();
     }
 
     #[test]

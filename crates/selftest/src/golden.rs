@@ -69,8 +69,8 @@ impl Golden {
     }
 }
 
-/// Opens a checkpoint folder whose weights are stored as `model.safetensors.gz`, as `model.safetensors.planes.gz` (which
-/// is smaller where values have two or four bytes), or an ordinary one.
+/// Opens a checkpoint folder whose weights are stored as `model.safetensors.gz`, as `model.safetensors.planes.gz`
+/// (which is smaller where values have two or four bytes), or an ordinary one.
 ///
 /// # Errors
 /// [`Error::Io`] or [`Error::Checkpoint`]

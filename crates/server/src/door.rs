@@ -92,13 +92,10 @@ pub(crate) async fn door(State(state): State<AppState>, mut request: Request, ne
 
 /// A panic in a handler costs its request, and the client is told.
 async fn run(state: &AppState, request: Request, next: Next) -> Response {
-    match AssertUnwindSafe(next.run(request)).catch_unwind().await {
-        Ok(response) => response,
-        Err(_) => {
-            state.metrics().panicked();
-            ApiError::internal().into_response()
-        }
-    }
+    AssertUnwindSafe(next.run(request)).catch_unwind().await.unwrap_or_else(|_| {
+        state.metrics().panicked();
+        ApiError::internal().into_response()
+    })
 }
 
 /// Checks everything that needs no body; answers the key that was presented.

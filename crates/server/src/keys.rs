@@ -144,7 +144,8 @@ impl KeyRecord {
         .filter_map(|(name, limit)| limit.map(|n| format!("{name} = {n}\n")))
         .collect();
         if !limits.is_empty() {
-            text += &format!("[key.limits]\n{limits}");
+            text.push_str("[key.limits]\n");
+            text.push_str(&limits);
         }
         text
     }

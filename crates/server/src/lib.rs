@@ -1,9 +1,9 @@
 //! The HTTP server: OpenAI's chat and text completions over an engine, a chat page, health and metrics.
 //!
-//! A request walks: the door (`door`: ids, origins, keys) -> limits ([`limits`]) -> JSON to fields (`openai::fields`) -> prompt and engine request
-//! (`openai::chat`, `openai::completions`, off the async threads) -> ticket -> events to JSON or SSE
-//! (`openai::answer`). No request blocks inference: what the engine sends goes through a bounded channel, and a client
-//! that leaves drops its ticket, which cancels.
+//! A request walks: the door (`door`: ids, origins, keys) -> limits ([`limits`]) -> JSON to fields
+//! (`openai::fields`) -> prompt and engine request (`openai::chat`, `openai::completions`, off the async threads) ->
+//! ticket -> events to JSON or SSE (`openai::answer`). No request blocks inference: what the engine sends goes
+//! through a bounded channel, and a client that leaves drops its ticket, which cancels.
 #![forbid(unsafe_code)]
 
 mod app;

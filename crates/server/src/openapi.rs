@@ -160,19 +160,22 @@ fn posted(operation: &Operation, name: &str) -> Value {
             "required": true,
             "content": {"application/json": {"schema": {"$ref": format!("#/components/schemas/{name}")}}},
         },
-        "responses": with_errors(json!({"description": "The answer", "content": content})),
+        "responses": with_errors(&json!({"description": "The answer", "content": content})),
     })
 }
 
 fn plain(path: &str, about: &str, query: &[&str], media: &str) -> Value {
-    let parameter = |place: &str, name: &str| json!({"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}});
+    let parameter = |place: &str, name: &str| {
+        let required = place == "path";
+        json!({"name": name, "in": place, "required": required, "schema": {"type": "string"}})
+    };
     let mut parameters: Vec<Value> = query.iter().map(|name| parameter("query", name)).collect();
     parameters.extend(path.contains("{id}").then(|| parameter("path", "id")));
     let ok = json!({"description": about, "content": {media: {"schema": {}}}});
-    json!({"summary": about, "parameters": parameters, "responses": with_errors(ok)})
+    json!({"summary": about, "parameters": parameters, "responses": with_errors(&ok)})
 }
 
-fn with_errors(ok: Value) -> Value {
+fn with_errors(ok: &Value) -> Value {
     let error = |description: &str| {
         let content = json!({"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}});
         json!({"description": description, "content": content})

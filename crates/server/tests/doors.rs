@@ -242,12 +242,12 @@ fn pages_of_other_sites_and_plain_requests_are_refused() {
     let open = |origin: &str| {
         let mut request = format!("ws://{}/ws", server.address).into_client_request().unwrap();
         request.headers_mut().insert("origin", origin.parse().unwrap());
-        tungstenite::client(request, server.connect())
+        tungstenite::client(request, server.connect()).map_err(|e| format!("{e:?}"))
     };
     assert!(open(&format!("http://{}", server.address)).is_ok());
     for foreign in ["http://evil.example", "null"] {
         let Err(e) = open(foreign) else { panic!("{foreign} was let in") };
-        assert!(format!("{e:?}").contains("403"), "{e:?}");
+        assert!(e.contains("403"), "{e}");
     }
 }
 
@@ -525,7 +525,8 @@ fn tools_are_called_through_every_door() {
     );
     assert_eq!(used["input"], serde_json::from_str::<Value>(call["arguments"].as_str().unwrap()).unwrap());
     // And the result goes back.
-    let again = json!({"model": "oxseek-demo", "max_tokens": 60, "temperature": 0, "tools": [with("input_schema", &described)],
+    let again = json!({"model": "oxseek-demo", "max_tokens": 60, "temperature": 0,
+        "tools": [with("input_schema", &described)],
         "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": message["content"]},
             {"role": "user", "content": [{"type": "tool_result", "tool_use_id": used["id"], "content": "sunny"}]}]});
     let (status, answer) = post(&server, "/v1/messages", &again);

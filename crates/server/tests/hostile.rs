@@ -140,6 +140,8 @@ fn is_answer(name: &str, body: &str, status: u16, answer: &str) -> bool {
     let error = &answer["error"];
     let message = error["message"].as_str().unwrap_or_default();
     let parsed = serde_json::from_str::<serde_json::Value>(body).is_ok() && !body.contains(&"[".repeat(65));
+    // Two names of one field: the error may be about what they both say.
+    let name = if name == "max_completion_tokens" { "max_" } else { name };
     let named = error["param"].as_str().is_some_and(|p| p.contains(name) || message.contains(name));
     (400..500).contains(&status) && message.len() > 3 && error["type"].is_string() && (named || !parsed)
 }
@@ -246,7 +248,7 @@ fn messages(server: &Server) {
         assert_eq!(answer.status, 400, "{answer:?}");
         answer.json()["error"]["code"].as_str().unwrap().to_string()
     };
-    assert!(limits::MESSAGES_MAX > CONTEXT_TOKENS);
+    const { assert!(limits::MESSAGES_MAX > CONTEXT_TOKENS) };
     assert_eq!(of(limits::MESSAGES_MAX), "context_length_exceeded");
     assert_eq!(of(limits::MESSAGES_MAX + 1), "invalid_value");
 }
@@ -272,7 +274,7 @@ fn heads(server: &Server) {
     let path = |n: usize| format!("/{}", "p".repeat(n - 1));
     assert_eq!(get(&path(limits::PATH_BYTES_MAX), "").status, 404);
     assert_eq!(get(&path(limits::PATH_BYTES_MAX + 1), "").status, 414);
-    let headers = |n: usize| (0..n - 2).map(|i| format!("x{i}: y\r\n")).collect::<String>();
+    let headers = |n: usize| (0..n - 2).map(|i| format!("x{i}: y\r\n")).collect::<Vec<_>>().concat();
     assert_eq!(get("/health", &headers(limits::HEADERS_MAX)).status, 200);
     assert_eq!(get("/health", &headers(limits::HEADERS_MAX + 1)).status, 431);
     // The bound of the head's bytes is on what is read at once: a little below passes, twice as much does not.

@@ -146,9 +146,9 @@ fn a_client_that_leaves_frees_its_blocks() {
     stream.write_all(&story("a cat", 400, true)).unwrap();
     read_first_text(&mut stream);
     drop(stream);
-    wait_until("the blocks of the client that left", || engine.stats().blocks_used == 0);
+    wait_until("the end of the client that left", || engine.stats().requests_open == 0);
     let stats = engine.stats();
-    assert_eq!((stats.cancelled, stats.finished, stats.requests_open), (1, 0, 0), "{stats:?}");
+    assert_eq!((stats.cancelled, stats.finished, stats.blocks_used), (1, 0, 0), "{stats:?}");
     assert!(stats.generated_tokens < 400, "{stats:?}");
     // During the prompt, too, and without a stream.
     let mut stream = server.connect();
@@ -247,10 +247,10 @@ fn readers_that_never_read_are_cut() {
     server.load(1, 1);
     // Pages that nobody reads fill every buffer on the way; then writing stands still.
     let mut stream = server.connect();
-    let _ = stream.write_all(&b"GET / HTTP/1.1\r\nhost: x\r\n\r\n".repeat(2000));
+    let _ = stream.write_all(&b"GET /web/app.js HTTP/1.1\r\nhost: x\r\n\r\n".repeat(5000));
     wait_until("the cut", || server.metric("oxseek_connections ", "") == 1.0);
     let mut pages = Vec::new();
     let _ = stream.read_to_end(&mut pages);
     let answers = String::from_utf8_lossy(&pages).matches("HTTP/1.1 200").count();
-    assert!((1..2000).contains(&answers), "{answers}");
+    assert!((1..5000).contains(&answers), "{answers}");
 }

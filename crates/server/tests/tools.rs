@@ -13,7 +13,8 @@ fn weather() -> Value {
     let parameters =
         json!({"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]});
     let description = "Get the weather in a city";
-    json!({"type": "function", "function": {"name": "get_weather", "description": description, "parameters": parameters}})
+    let function = json!({"name": "get_weather", "description": description, "parameters": parameters});
+    json!({"type": "function", "function": function})
 }
 
 fn question(text: &str) -> Value {

@@ -9,6 +9,7 @@ pub(super) type Square<'a> = [&'a [u8; 16]; 4];
 #[inline(always)]
 #[allow(clippy::inline_always, reason = "part of the innermost loop of packing")]
 pub(super) fn turn_words(rows: Square<'_>, flip: u8) -> [[u8; 16]; 4] {
+    #[allow(clippy::wildcard_imports, reason = "intrinsics, as everywhere")]
     use std::arch::x86_64::*;
     // SAFETY: SSE2 is part of the architecture; a row is sixteen bytes, and so is a vector.
     unsafe {
@@ -39,6 +40,7 @@ pub(super) fn turn_words(rows: Square<'_>, flip: u8) -> [[u8; 16]; 4] {
 #[inline(always)]
 #[allow(clippy::inline_always, reason = "part of the innermost loop of packing")]
 pub(super) fn turn_pairs(rows: Square<'_>) -> [[u8; 16]; 4] {
+    #[allow(clippy::wildcard_imports, reason = "intrinsics, as everywhere")]
     use std::arch::x86_64::*;
     // SAFETY: as in `turn_words`.
     unsafe {

@@ -7,6 +7,7 @@
 
 #![allow(
     clippy::needless_range_loop,
+    clippy::manual_memcpy,
     reason = "a tile's indices name rows and lanes, and closures lose the CPU features"
 )]
 

@@ -218,7 +218,7 @@ unsafe fn exp<S: Simd>(x: S) -> S {
 #[inline(always)]
 pub(super) unsafe fn exp2<S: Simd>(x: S) -> S {
     const SHIFT: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number
-    const C: [f32; 5] = [0.009_666_368, 0.055_921_976, 0.240_223_5, 0.693_121_02, 1.0];
+    const C: [f32; 5] = [0.009_666_368, 0.055_921_976, 0.240_223_5, 0.693_121, 1.0];
     // SAFETY: arithmetic only.
     unsafe {
         let x = x.max(S::splat(-127.0));

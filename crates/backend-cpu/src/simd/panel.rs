@@ -213,7 +213,7 @@ trait Tiled<P: Panel> {
 pub(super) struct Ahead {
     /// Whether this tile is the first that reads its groups, and nobody fetched them before.
     streams: bool,
-    stream_ahead: usize,
+    distance: usize,
     group_bytes: usize,
     next: *const u8,
     share: usize,
@@ -228,8 +228,8 @@ impl Ahead {
         let step = if tiles < AHEAD_TILES_MIN { 0 } else { share * 256 / steps };
         // Whole steps, so that no step's lines lie in two groups.
         let step_bytes = (group_bytes / steps).max(1);
-        let stream_ahead = STREAM_AHEAD.div_ceil(step_bytes) * step_bytes;
-        Self { streams: step == 0, stream_ahead, group_bytes, next: std::ptr::null(), share, step }
+        let distance = STREAM_AHEAD.div_ceil(step_bytes) * step_bytes;
+        Self { streams: step == 0, distance, group_bytes, next: std::ptr::null(), share, step }
     }
 
     /// For the first tile of groups that `next` comes after.
@@ -268,7 +268,7 @@ impl Ahead {
         groups: [*const u8; G],
         offset: usize,
     ) -> Stream<G, S> {
-        let offset = offset + self.stream_ahead;
+        let offset = offset + self.distance;
         if offset < self.group_bytes {
             return Stream(groups).from(offset);
         }

@@ -11,7 +11,9 @@ use oxseek_tensor::{
 
 use super::matmul::{THREADS, WARPS};
 use crate::{
-    CudaBackend, LatentCache, found,
+    CudaBackend, LatentCache, RUN, Room,
+    device::Pool,
+    found,
     kernels::Kernel,
     queue::{Shape, arguments},
 };
@@ -20,8 +22,13 @@ use crate::{
 const HEAD_THREADS: u32 = 128;
 /// Absorbed queries that are kept at a time; more rows take turns.
 const ABSORBED_BYTES_MAX: usize = 256 << 20;
+/// Sums of blocks of the cache that are kept at a time.
+const SUMS_BYTES_MAX: usize = 256 << 20;
+/// Heads that a block of the tensor cores takes together, and values that one makes.
+const HEADS: usize = 16;
+const VALUES: usize = 32;
 /// What every GPU that is supported gives a block.
-const SHARED_BYTES_MAX: usize = 96 << 10;
+const SHARED_BYTES_MAX: usize = 99 << 10;
 
 /// The cache's format as the kernels count them.
 fn format_code(format: CacheFormat) -> usize {
@@ -84,14 +91,23 @@ impl CudaBackend {
     ) -> Result<(), Error> {
         let op = "mla_attend";
         let MlaShape { heads, nope, rope, value, latent, softmax_scale } = *shape;
-        let kv_b = *found(op, "kv_b handle", &self.kv_bs, kv_b.0)?;
+        let factor = *found(op, "kv_b handle", &self.kv_bs, kv_b.0)?;
+        let kv_b = factor.matrix;
         expect(op, "kv_b rows", heads * (nope + value), kv_b.rows)?;
         expect(op, "kv_b columns", latent, kv_b.cols)?;
         let (rows, width) = (self.rows(), nope + rope);
         Self::apart(op, q, out)?;
         let q = self.sized(op, q, rows, heads * width)?;
+        self.touch(out);
+        let to = out;
         let out = self.sized(op, out, rows, heads * value)?;
         let cache = self.cache(op, cache, layer, shape)?;
+        if let Some(kv_b) = factor.rounded
+            && takes_tensor_cores(shape, cache.shape.format)
+        {
+            let (layer, row_bytes) = (cache.layer(layer), cache.row_bytes);
+            return self.attend_rounded(shape, q.at, kv_b, layer, row_bytes, to);
+        }
         let (at, format, row_bytes) = (cache.layer(layer), format_code(cache.shape.format), cache.row_bytes);
         let shared = 4 * (2 * latent + rope + BLOCK_TOKENS);
         at_most(op, "bytes of a query in F32", SHARED_BYTES_MAX, shared)?;
@@ -126,4 +142,63 @@ impl CudaBackend {
         }
         Ok(())
     }
+
+    /// Attention on the tensor cores: each block of the cache by itself, then the blocks in order.
+    fn attend_rounded(
+        &mut self,
+        shape: &MlaShape,
+        q: u64,
+        kv_b: u64,
+        layer: u64,
+        row_bytes: usize,
+        out: Buffer,
+    ) -> Result<(), Error> {
+        let op = "mla_attend";
+        let MlaShape { heads, nope, rope, value, latent, softmax_scale } = *shape;
+        let (rows, width) = (self.rows(), latent + rope);
+        let (to, rounded) = (self.buffer(op, out)?.at, self.room_for_rounded(op, out)?);
+        let longest = self.step.segments.iter().map(|s| s.start + s.rows).max().unwrap_or(1);
+        // Rounded up, so that steps of about the same length are the same graph.
+        let blocks = longest.div_ceil(BLOCK_TOKENS).next_power_of_two();
+        let per_row = blocks * heads * latent * 4;
+        let together = (SUMS_BYTES_MAX / per_row).clamp(1, rows.max(1));
+        let room =
+            |pool: &mut Pool, room: &mut Room, sizes: &[usize]| Self::grow(pool, room, "attention", sizes);
+        let queries = room(&mut self.pool, &mut self.absorbed, &[together, heads, width, 2])?;
+        let sums = room(&mut self.pool, &mut self.sums, &[together, per_row])?;
+        let totals = room(&mut self.pool, &mut self.totals, &[together, blocks, heads, 8])?;
+        let step = self.step_argument();
+        for first in (0..rows).step_by(together) {
+            let n = together.min(rows - first);
+            let (kernel, tokens) = if n == 1 { (Kernel::Absorb1, 1) } else { (Kernel::Absorb8, 8) };
+            let grid = Shape::new([latent / RUN, heads, n.div_ceil(tokens)], THREADS);
+            let grid = grid.shared(4 * tokens * (nope + 4 * RUN));
+            self.queue.push(kernel, grid, arguments![kv_b, q, queries, first, n, nope, rope, value, latent]);
+            let grid = Shape::new([blocks, heads / HEADS, n], THREADS).shared(attend_bytes(width));
+            let arguments =
+                arguments![queries, step, layer, first, latent, rope, row_bytes, softmax_scale, sums, totals];
+            self.queue.push(Kernel::AttendBlock, grid, arguments);
+            let grid = Shape::new([value.div_ceil(VALUES), heads, n], THREADS).shared(latent * 4);
+            let arguments =
+                arguments![kv_b, step, sums, totals, to, rounded, first, blocks, nope, value, latent];
+            self.queue.push(Kernel::AttendValues, grid, arguments);
+        }
+        self.buffers[out.0 as usize].rounded_rows = rows;
+        Ok(())
+    }
+}
+
+/// Whether the sizes are those of `attend_block`'s tiles.
+fn takes_tensor_cores(shape: &MlaShape, format: CacheFormat) -> bool {
+    format == CacheFormat::Bf16
+        && shape.heads.is_multiple_of(HEADS)
+        && shape.latent.is_multiple_of(RUN)
+        && shape.rope.is_multiple_of(16)
+        && attend_bytes(shape.latent + shape.rope) <= SHARED_BYTES_MAX
+        && 4 * 8 * (shape.nope + 4 * RUN) <= SHARED_BYTES_MAX
+}
+
+/// Shared memory of `attend_block`: 64 cached rows and 16 queries in BF16, weights and scores.
+fn attend_bytes(width: usize) -> usize {
+    2 * (BLOCK_TOKENS + HEADS) * (width + 8) + 2 * HEADS * (BLOCK_TOKENS + 8) + 4 * HEADS * (BLOCK_TOKENS + 2)
 }

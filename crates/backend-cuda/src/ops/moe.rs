@@ -1,14 +1,16 @@
 //! `mlp`, `route`, `moe`.
 
 use oxseek_tensor::{
-    Error,
+    DType, Error,
     backend::{Buffer, Experts, GroupScore, Mlp, RouterShape, Routing, Scoring, Vector, Weight},
     error::{at_most, expect},
 };
 
-use super::matmul::{THREADS, WARPS};
+use super::matmul::{THREADS, WARPS, parts_bytes};
 use crate::{
-    CudaBackend, Matrix, found,
+    CudaBackend, Matrix, Product, Room,
+    device::Pool,
+    found,
     kernels::Kernel,
     queue::{Shape, arguments},
 };
@@ -16,11 +18,45 @@ use crate::{
 /// Shared memory of the router: scores and flags of experts and groups.
 const ROUTER_BYTES_MAX: usize = 48 << 10;
 
+/// Threads of `moe_group`, one per expert.
+const GROUP_THREADS_MAX: usize = 1024;
+/// Threads of `gate_logits`.
+const GATE_THREADS: u32 = 128;
+/// Tokens of a tile: few for each expert, or many.
+const TOKENS: [usize; 2] = [8, 32];
+/// Bytes of a `Tile` of the kernels.
+const TILE_BYTES: usize = 16;
+
 /// The three matrices of an MLP.
 struct MlpMatrices {
     gate: Matrix,
     up: Matrix,
     down: Matrix,
+}
+
+impl MlpMatrices {
+    /// How the tensor cores multiply all three.
+    fn product(&self) -> Option<Product> {
+        let [gate, up, down] = [self.gate, self.up, self.down].map(|m| m.product);
+        gate.filter(|_| gate == up && up == down)
+    }
+}
+
+/// Choices of a router and the experts that they name, on the device.
+#[derive(Default)]
+struct Routed {
+    records: u64,
+    ids: u64,
+    weights: u64,
+    order: u64,
+    top_k: usize,
+    inner_max: usize,
+    experts: usize,
+    /// Choices by expert, and the tiles that they are cut into.
+    list: u64,
+    tiles: u64,
+    tile_tokens: usize,
+    tiles_max: usize,
 }
 
 fn check_mlp(op: &'static str, [gate, up, down]: [(usize, usize); 3]) -> Result<(), Error> {
@@ -52,7 +88,7 @@ impl CudaBackend {
         Ok(MlpMatrices { gate, up, down })
     }
 
-    /// Inner activations of an MLP for the rows of the step, in `shared_inner`.
+    /// Inner activations of an MLP in F32 for the rows of the step, in `shared_inner`.
     fn swiglu(&mut self, mlp: &MlpMatrices, x: u64) -> Result<u64, Error> {
         let (rows, gate) = (self.rows(), mlp.gate);
         let sizes = [rows, gate.rows, 4];
@@ -66,10 +102,19 @@ impl CudaBackend {
         let (op, rows) = ("mlp", self.rows());
         let mlp = self.mlp_matrices(op, mlp)?;
         Self::apart(op, x, out)?;
-        let x = self.sized(op, x, rows, mlp.gate.cols)?;
-        let out = self.sized(op, out, rows, mlp.down.rows)?;
-        let inner = self.swiglu(&mlp, x.at)?;
-        self.multiply(mlp.down, inner, out.at, rows, true);
+        let at = self.sized(op, x, rows, mlp.gate.cols)?.at;
+        let out = self.sized(op, out, rows, mlp.down.rows)?.at;
+        if let Some(product) = mlp.product() {
+            let x = self.rounded(op, x, rows)?;
+            let sizes = [rows, mlp.gate.rows, 2];
+            let inner = Self::grow(&mut self.pool, &mut self.shared_inner, "inner activations", &sizes)?;
+            let routed = Routed::default();
+            self.experts_inner(product, rows, &routed, x, 0, Some((&mlp, inner)));
+            self.multiply_rounded(product, mlp.down, inner, out, rows, true);
+        } else {
+            let inner = self.swiglu(&mlp, at)?;
+            self.multiply(mlp.down, inner, out, rows, true);
+        }
         Ok(())
     }
 
@@ -96,7 +141,12 @@ impl CudaBackend {
         self.routings[out.0 as usize].experts = shape.experts;
         let logits =
             Self::grow(&mut self.pool, &mut self.logits, "router logits", &[rows, shape.experts, 4])?;
-        self.multiply(m, x.at, logits, rows, false);
+        if matches!(m.dtype, DType::F32 | DType::BF16) && m.cols.is_multiple_of(4) {
+            let grid = Shape::new([m.rows, rows, 1], GATE_THREADS);
+            self.queue.push(Kernel::GateLogits, grid, arguments![m.record, x.at, logits]);
+        } else {
+            self.multiply(m, x.at, logits, rows, false);
+        }
         let grid = Shape::new([rows, 1, 1], 32).shared(shared);
         let arguments = arguments![logits, bias, router_argument(shape), ids, weights, order];
         self.queue.push(Kernel::Route, grid, arguments);
@@ -114,6 +164,7 @@ impl CudaBackend {
         let (op, rows) = ("moe", self.rows());
         let width = self.buffer(op, x)?.cols;
         Self::apart(op, x, out)?;
+        let rows_of_x = x;
         let (x, out) = (self.sized(op, x, rows, width)?, self.sized(op, out, rows, width)?);
         let set = found(op, "experts handle", &self.experts, experts.0)?;
         for sizes in &set.sizes {
@@ -125,10 +176,20 @@ impl CudaBackend {
         at_most(op, "expert id", set.sizes.len(), routed.experts)?;
         let (records, inner_max, top_k) = (set.records, set.inner_max, routed.top_k);
         let (ids, weights, order) = (routed.ids, routed.weights, routed.order);
+        let (product, experts) = (set.product, set.sizes.len());
         let shared = shared.map(|m| self.mlp_matrices(op, m)).transpose()?;
-        let mut down_and_inner = (0, 0);
         if let Some(m) = &shared {
             expect(op, "shared expert columns", width, m.gate.cols)?;
+        }
+        let alike = product.filter(|p| shared.as_ref().is_none_or(|m| m.product() == Some(*p)));
+        if let Some(product) = alike.filter(|_| experts <= GROUP_THREADS_MAX) {
+            let mut routed =
+                Routed { records, ids, weights, order, top_k, inner_max, experts, ..Routed::default() };
+            let x = self.rounded(op, rows_of_x, rows)?;
+            return self.moe_rounded(product, rows, width, &mut routed, shared.as_ref(), x, out.at);
+        }
+        let mut down_and_inner = (0, 0);
+        if let Some(m) = &shared {
             down_and_inner = (m.down.record, self.swiglu(m, x.at)?);
         }
         let (down, shared_inner) = down_and_inner;
@@ -152,5 +213,106 @@ impl CudaBackend {
         ];
         self.queue.push(Kernel::MoeSum, shape, arguments);
         Ok(())
+    }
+
+    /// Experts on the tensor cores: the choices sorted by expert, so that a weight is read once for its tokens.
+    fn moe_rounded(
+        &mut self,
+        product: Product,
+        rows: usize,
+        width: usize,
+        r: &mut Routed,
+        shared: Option<&MlpMatrices>,
+        x: u64,
+        out: u64,
+    ) -> Result<(), Error> {
+        let choices = rows * r.top_k;
+        at_most("moe", "choices", i32::MAX as usize, choices)?;
+        r.tile_tokens = if choices > r.experts * TOKENS[0] { TOKENS[1] } else { TOKENS[0] };
+        // An expert's last tile may be short.
+        r.tiles_max = choices.min(r.experts + choices / r.tile_tokens);
+        let room =
+            |pool: &mut Pool, room: &mut Room, sizes: &[usize]| Self::grow(pool, room, "experts", sizes);
+        r.list = room(&mut self.pool, &mut self.grouped, &[choices.max(64), 4])?;
+        r.tiles = room(&mut self.pool, &mut self.tiles, &[(r.tiles_max + 1).max(64), TILE_BYTES])?;
+        let inner = room(&mut self.pool, &mut self.inner, &[choices, r.inner_max, 2])?;
+        let outer = room(&mut self.pool, &mut self.outer, &[choices + rows, width, 4])?;
+        let mut with_inner = None;
+        if let Some(m) = shared {
+            with_inner = Some((m, room(&mut self.pool, &mut self.shared_inner, &[rows, m.gate.rows, 2])?));
+        }
+        let threads = r.experts.next_multiple_of(32);
+        let one = Shape::new([1, 1, 1], threads as u32).shared(8 * threads);
+        let arguments = arguments![r.ids, choices, r.experts, r.tile_tokens, r.list, r.tiles];
+        self.queue.push(Kernel::MoeGroup, one, arguments);
+        self.experts_inner(product, rows, r, x, inner, with_inner);
+        let (down, shared_inner) = with_inner.map_or((0, 0), |(m, inner)| (m.down.record, inner));
+        let kernel = match (product, r.tile_tokens) {
+            (Product::Bf16, 8) => Kernel::ExpertsOuterBf16x8,
+            (Product::Bf16, _) => Kernel::ExpertsOuterBf16x32,
+            (Product::Fp8, 8) => Kernel::ExpertsOuterFp8x8,
+            (Product::Fp8, _) => Kernel::ExpertsOuterFp8x32,
+        };
+        let shared_tiles = if shared.is_some() { rows.div_ceil(r.tile_tokens) } else { 0 };
+        let grid = Shape::new([width.div_ceil(16), r.tiles_max + shared_tiles, 1], THREADS);
+        let grid = grid.shared(parts_bytes(16, r.tile_tokens));
+        let arguments = arguments![
+            r.records,
+            r.tiles,
+            r.list,
+            r.tiles_max,
+            inner,
+            r.inner_max,
+            down,
+            shared_inner,
+            outer,
+            choices,
+            rows
+        ];
+        self.queue.push(kernel, grid, arguments);
+        let grid = Shape::new([width.div_ceil(256), rows, 1], 256);
+        let has_shared = shared.is_some();
+        let arguments = arguments![outer, r.weights, r.order, r.top_k, choices, has_shared, out, width];
+        self.queue.push(Kernel::ExpertsSum, grid, arguments);
+        Ok(())
+    }
+
+    /// Inner activations in BF16 of the tiles of experts and of a shared MLP for all rows.
+    fn experts_inner(
+        &mut self,
+        product: Product,
+        rows: usize,
+        r: &Routed,
+        x: u64,
+        inner: u64,
+        shared: Option<(&MlpMatrices, u64)>,
+    ) {
+        let tokens = if r.tiles_max > 0 { r.tile_tokens } else { TOKENS[usize::from(rows > TOKENS[0])] };
+        let kernel = match (product, tokens) {
+            (Product::Bf16, 8) => Kernel::ExpertsInnerBf16x8,
+            (Product::Bf16, _) => Kernel::ExpertsInnerBf16x32,
+            (Product::Fp8, 8) => Kernel::ExpertsInnerFp8x8,
+            (Product::Fp8, _) => Kernel::ExpertsInnerFp8x32,
+        };
+        let (gate, up, shared_inner, width) =
+            shared.map_or((0, 0, 0, 0), |(m, inner)| (m.gate.record, m.up.record, inner, m.gate.rows));
+        let shared_tiles = if shared.is_some() { rows.div_ceil(tokens) } else { 0 };
+        let wide = r.inner_max.max(width).div_ceil(16);
+        let grid = Shape::new([wide, r.tiles_max + shared_tiles, 1], THREADS).shared(parts_bytes(32, tokens));
+        let arguments = arguments![
+            r.records,
+            r.tiles,
+            r.list,
+            r.tiles_max,
+            r.top_k,
+            x,
+            inner,
+            r.inner_max,
+            gate,
+            up,
+            shared_inner,
+            rows
+        ];
+        self.queue.push(kernel, grid, arguments);
     }
 }

@@ -23,10 +23,12 @@ impl CudaBackend {
         let op = "rms_norm";
         let cols = self.buffer(op, x)?.cols;
         let weight = self.vector(op, weight, cols)?;
-        let (x, out) = (self.sized(op, x, rows, cols)?, self.sized(op, out, rows, cols)?);
+        let (x, to) = (self.sized(op, x, rows, cols)?, self.sized(op, out, rows, cols)?);
         let shape = Shape::new([rows, 1, 1], 256);
-        let no_copy = 0usize;
-        self.queue.push(Kernel::RmsNorm, shape, arguments![x.at, weight, eps, out.at, no_copy, cols]);
+        // The BF16 rows are written along if anybody ever wanted them.
+        let arguments = arguments![x.at, weight, eps, to.at, to.rounded, cols];
+        self.queue.push(Kernel::RmsNorm, shape, arguments);
+        self.buffers[out.0 as usize].rounded_rows = if to.rounded == 0 { 0 } else { rows };
         Ok(())
     }
 }

@@ -28,8 +28,8 @@ fn mode_of(shape: &MlaShape, position: usize, prompt: usize) -> AttendMode {
     if 4 * expanded < 5 * absorbed { AttendMode::Expanded } else { AttendMode::Absorbed }
 }
 
-/// How many of the rows of a block are expanded; they are its first ones. All of a block lies in one cell, so beside its
-/// tokens and what came before this is all that its bits depend on.
+/// How many of the rows of a block are expanded; they are its first ones. All of a block lies in one cell, so beside
+/// its tokens and what came before this is all that its bits depend on.
 pub(super) fn expanded_rows(shape: &MlaShape, block: usize, prompt: usize) -> u8 {
     let start = block * BLOCK_TOKENS;
     match mode_of(shape, start, prompt) {

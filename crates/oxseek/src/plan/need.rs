@@ -69,9 +69,8 @@ impl Need {
         match (m.role, packed) {
             (MatrixRole::Routed, Some(bytes)) => self.experts_packed += bytes,
             (MatrixRole::Routed, None) => self.experts_as_stored += m.bytes,
-            (MatrixRole::Embedding, _) => self.as_stored += m.bytes,
+            (MatrixRole::Embedding, _) | (_, None) => self.as_stored += m.bytes,
             (_, Some(bytes)) => self.packed += bytes,
-            (_, None) => self.as_stored += m.bytes,
         }
     }
 

@@ -4,9 +4,11 @@ use std::{
     fs::{self, File},
     io::Write as _,
     path::Path,
+    sync::Arc,
 };
 
-use oxseek_tensor::DType;
+use memmap2::MmapMut;
+use oxseek_tensor::{ByteRegion, DType};
 use serde_json::{Map, Value, json};
 
 use super::{Recipe, Synth, vocabulary::Words};
@@ -135,7 +137,8 @@ fn shards(tensors: Vec<Tensor>) -> Vec<Vec<Tensor>> {
     shards
 }
 
-fn write_shard(synth: &mut Synth, tensors: &[Tensor], path: &Path) -> Result<(), Failure> {
+/// The length of a shard's header and the header, as safetensors begin; and the bytes of the tensors.
+fn shard_head(tensors: &[Tensor]) -> (Vec<u8>, u64) {
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({ "format": "pt" }));
     let mut end = 0;
@@ -147,9 +150,14 @@ fn write_shard(synth: &mut Synth, tensors: &[Tensor], path: &Path) -> Result<(),
     }
     let mut header = Value::Object(header).to_string().into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');
+    let mut head = (header.len() as u64).to_le_bytes().to_vec();
+    head.extend(header);
+    (head, end)
+}
+
+fn write_shard(synth: &mut Synth, tensors: &[Tensor], path: &Path) -> Result<(), Failure> {
     let mut file = Pieces::new(File::create(path)?);
-    file.write_all(&(header.len() as u64).to_le_bytes())?;
-    file.write_all(&header)?;
+    file.write_all(&shard_head(tensors).0)?;
     for t in tensors {
         match &t.filling {
             Filling::Weights(recipe) => {
@@ -164,6 +172,19 @@ fn write_shard(synth: &mut Synth, tensors: &[Tensor], path: &Path) -> Result<(),
     }
     file.flush()?;
     Ok(())
+}
+
+/// The files of a model whose weights are never read: the names and shapes, and pages of zeros that cost no memory as
+/// long as nobody looks at them.
+pub fn hollow(synth: &Synth) -> Result<Vec<(String, ByteRegion)>, Failure> {
+    let (head, bytes) = shard_head(&tensors(synth));
+    let mut map = MmapMut::map_anon(head.len() + bytes as usize)?;
+    map[..head.len()].copy_from_slice(&head);
+    let config = config(synth).to_string().into_bytes();
+    Ok(vec![
+        ("config.json".into(), ByteRegion::from_vec(config)),
+        ("model.safetensors".into(), ByteRegion::whole(Arc::new(map))),
+    ])
 }
 
 /// The formats that safetensors have.

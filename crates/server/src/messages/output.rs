@@ -64,12 +64,12 @@ impl Output {
             Piece::Reasoning(text) => {
                 self.enter(Kind::Thinking, || json!({"type": "thinking", "thinking": "", "signature": ""}));
                 self.append("thinking", &text);
-                self.delta(json!({"type": "thinking_delta", "thinking": text}));
+                self.delta(&json!({"type": "thinking_delta", "thinking": text}));
             }
             Piece::Text(text, _) => {
                 self.enter(Kind::Text, || json!({"type": "text", "text": ""}));
                 self.append("text", &text);
-                self.delta(json!({"type": "text_delta", "text": text}));
+                self.delta(&json!({"type": "text_delta", "text": text}));
             }
             Piece::Call { id, name } => {
                 self.leave();
@@ -78,7 +78,7 @@ impl Output {
             Piece::Arguments(text) => {
                 if self.open == Some(Kind::Call) {
                     self.arguments += &text;
-                    self.delta(json!({"type": "input_json_delta", "partial_json": text}));
+                    self.delta(&json!({"type": "input_json_delta", "partial_json": text}));
                 }
             }
             Piece::Ended(ended) => self.end(&ended),
@@ -132,7 +132,7 @@ impl Output {
     fn leave(&mut self) {
         let Some(kind) = self.open.take() else { return };
         if kind == Kind::Thinking {
-            self.delta(json!({"type": "signature_delta", "signature": ""}));
+            self.delta(&json!({"type": "signature_delta", "signature": ""}));
         }
         if kind == Kind::Call {
             let arguments = std::mem::take(&mut self.arguments);
@@ -153,7 +153,7 @@ impl Output {
         }
     }
 
-    fn delta(&mut self, delta: Value) {
+    fn delta(&mut self, delta: &Value) {
         let index = self.blocks.len() - 1;
         self.events.push(json!({"type": "content_block_delta", "index": index, "delta": delta}));
     }

@@ -317,14 +317,17 @@ mod tests {
     fn a_request_becomes_one_of_the_chat_route() {
         let asked = read(&json!({
             "model": "m", "max_tokens": 9, "stream": true, "temperature": 0.5, "stop_sequences": ["END"],
-            "system": [{"type": "text", "text": "Be ", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "brief."}],
+            "system": [
+                {"type": "text", "text": "Be ", "cache_control": {"type": "ephemeral"}},
+                {"type": "text", "text": "brief."}],
             "messages": [
                 {"role": "user", "content": "Weather?"},
                 {"role": "assistant", "content": [
                     {"type": "thinking", "thinking": "Ask.", "signature": ""}, {"type": "text", "text": "I look."},
                     {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"city": "Ulm"}}]},
                 {"role": "user", "content": [
-                    {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "sun"}], "is_error": true},
+                    {"type": "tool_result", "tool_use_id": "toolu_1", "is_error": true,
+                        "content": [{"type": "text", "text": "sun"}]},
                     {"type": "text", "text": "And?"}]},
                 {"role": "assistant", "content": "It is"},
             ],
@@ -342,12 +345,14 @@ mod tests {
                 {"role": "system", "content": "Be brief."},
                 {"role": "user", "content": "Weather?"},
                 {"role": "assistant", "content": "I look.", "reasoning_content": "Ask.", "tool_calls": [
-                    {"id": "toolu_1", "type": "function", "function": {"name": "f", "arguments": "{\"city\":\"Ulm\"}"}}]},
+                    {"id": "toolu_1", "type": "function",
+                        "function": {"name": "f", "arguments": "{\"city\":\"Ulm\"}"}}]},
                 {"role": "tool", "tool_call_id": "toolu_1", "content": "Error: sun"},
                 {"role": "user", "content": "And?"},
                 {"role": "assistant", "content": "It is", "prefix": true},
             ],
-            "tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}],
+            "tools": [{"type": "function",
+                "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}],
             "tool_choice": "required", "parallel_tool_calls": false,
             "thinking": {"type": "enabled", "budget_tokens": 5},
             "reasoning_effort": "low",

@@ -63,7 +63,7 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
     check_model(&mut fields, model)?;
     let mut request = Request { sampling: model.sampling.clone(), ..Request::default() };
     generation(&mut fields, &mut request)?;
-    request.max_tokens = either(&mut fields, "max_completion_tokens", "max_tokens", Fields::count)?;
+    request.max_tokens = either(&mut fields, "max_completion_tokens", "max_tokens", Fields::positive)?;
     request.logprobs = logprobs(&mut fields, model)?;
     let streaming = streaming(&mut fields)?;
     request.progress = streaming.progress;

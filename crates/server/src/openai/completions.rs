@@ -65,7 +65,7 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
     check_model(&mut fields, model)?;
     let mut request = Request { sampling: model.sampling.clone(), ..Request::default() };
     generation(&mut fields, &mut request)?;
-    let asked = either(&mut fields, "max_tokens", "max_completion_tokens", Fields::count)?;
+    let asked = either(&mut fields, "max_tokens", "max_completion_tokens", Fields::positive)?;
     request.max_tokens = Some(asked.unwrap_or(MAX_TOKENS_DEFAULT));
     request.logprobs = fields.count("logprobs")?;
     let echo = fields.boolean("echo")?.unwrap_or(false);

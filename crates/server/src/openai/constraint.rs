@@ -1,4 +1,5 @@
-//! What holds an answer: a budget of thinking, tool calls in the model's format, a grammar. It begins after the thinking.
+//! What holds an answer: a budget of thinking, tool calls in the model's format, a grammar. It begins after the
+//! thinking.
 
 use std::sync::Arc;
 

@@ -110,6 +110,14 @@ impl Fields {
         })
     }
 
+    /// A whole number of 1 or more.
+    pub(crate) fn positive(&mut self, name: &str) -> Result<Option<usize>, ApiError> {
+        match self.count(name)? {
+            Some(0) => Err(ApiError::invalid(name, "must be at least 1")),
+            n => Ok(n),
+        }
+    }
+
     /// A whole number of 64 bits, with a sign or without.
     pub(crate) fn whole(&mut self, name: &str) -> Result<Option<u64>, ApiError> {
         self.typed(name, Kind::Whole, "a whole number", |v| v.as_u64().or(v.as_i64().map(i64::cast_unsigned)))

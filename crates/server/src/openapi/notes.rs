@@ -57,9 +57,8 @@ fn open_unions(schema: &mut Value) {
             open_unions(items);
         }
         let also = match name.as_str() {
-            "content" | "input" | "system" | "output" => "string",
+            "content" | "input" | "system" | "output" | "tool_choice" => "string",
             "thinking" => "boolean",
-            "tool_choice" => "string",
             _ => continue,
         };
         if field.get("type").is_none() && (field.get("items").is_some() || field.get("properties").is_some())

@@ -122,7 +122,7 @@ mod tests {
             },
         });
         assert_eq!(object(&taken), want);
-        let (_, none) = watch(|| ());
+        let ((), none) = watch(|| ());
         assert!(none.is_empty(), "what one parser took is not the next one's");
     }
 }

@@ -162,19 +162,19 @@ pub(crate) mod tests {
         })
     }
 
-    fn delta(delta: Value) -> Value {
+    fn delta(delta: &Value) -> Value {
         json!({"choices": [{"index": 0, "delta": delta, "finish_reason": null, "logprobs": null}]})
     }
 
     #[test]
     fn chunks_become_pieces_and_the_end_has_the_usage() {
         let chunks = [
-            delta(json!({"role": "assistant", "content": ""})),
-            delta(json!({"reasoning_content": "Hm", "reasoning": "Hm"})),
-            delta(json!({"content": "So"})),
-            delta(json!({"tool_calls": [{"index": 0, "id": "call_1", "type": "function",
+            delta(&json!({"role": "assistant", "content": ""})),
+            delta(&json!({"reasoning_content": "Hm", "reasoning": "Hm"})),
+            delta(&json!({"content": "So"})),
+            delta(&json!({"tool_calls": [{"index": 0, "id": "call_1", "type": "function",
                 "function": {"name": "f", "arguments": ""}}]})),
-            delta(json!({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]})),
+            delta(&json!({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]})),
             json!({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "stop_reason": "END"}]}),
             json!({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12,
                 "prompt_tokens_details": {"cached_tokens": 3},
@@ -201,9 +201,9 @@ pub(crate) mod tests {
     #[test]
     fn an_answer_that_fails_or_is_cut_says_so_once() {
         let error = json!({"message": "no", "type": "server_error"});
-        let failed = [delta(json!({"content": "a"})), json!({"error": error})];
+        let failed = [delta(&json!({"content": "a"})), json!({"error": error})];
         assert_eq!(pieces(&failed, false), [Piece::Text("a".into(), Vec::new()), Piece::Failed(error)]);
-        let cut = pieces(&[delta(json!({"content": "a"}))], false);
+        let cut = pieces(&[delta(&json!({"content": "a"}))], false);
         assert!(matches!(cut.as_slice(), [Piece::Text(..), Piece::Failed(_)]), "{cut:?}");
     }
 }

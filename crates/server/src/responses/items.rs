@@ -202,16 +202,21 @@ mod tests {
             {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Ask."}]},
             {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed",
                 "content": [{"type": "output_text", "text": "I look.", "annotations": [], "logprobs": []}]},
-            {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "f", "arguments": "{}", "status": "completed"},
+            {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "f", "arguments": "{}",
+                "status": "completed"},
             {"type": "function_call", "call_id": "call_2", "name": "g", "arguments": "{}"},
             {"type": "function_call_output", "call_id": "call_1", "output": "sun"},
             {"type": "function_call_output", "call_id": "call_2", "output": [{"type": "input_text", "text": "rain"}]},
-            {"type": "reasoning", "id": "rs_2", "summary": [], "content": [{"type": "reasoning_text", "text": "Both."}]},
+            {"type": "reasoning", "id": "rs_2", "summary": [],
+                "content": [{"type": "reasoning_text", "text": "Both."}]},
             {"role": "assistant", "content": "Sun and rain."},
             {"role": "assistant", "content": "Really."},
             {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Stop."}]},
         ]));
-        let call = |id: &str, name: &str| json!({"id": id, "type": "function", "function": {"name": name, "arguments": "{}"}});
+        let call = |id: &str, name: &str| {
+            let function = json!({"name": name, "arguments": "{}"});
+            json!({"id": id, "type": "function", "function": function})
+        };
         assert_eq!(
             got,
             [

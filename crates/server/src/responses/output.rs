@@ -32,7 +32,7 @@ pub(crate) fn new_id(prefix: &str) -> String {
 
 impl Output {
     /// A response that has not begun; `echo` holds the fields that repeat the request.
-    pub(crate) fn new(id: String, created: u64, model: &str, echo: Map<String, Value>) -> Self {
+    pub(crate) fn new(id: &str, created: u64, model: &str, echo: Map<String, Value>) -> Self {
         let mut response = json!({
             "id": id,
             "object": "response",
@@ -163,10 +163,10 @@ impl Output {
     }
 
     fn add(&mut self, kind: Kind, item: Value) {
-        self.items.push(item.clone());
+        self.items.push(item);
         self.open = Some(kind);
         let index = self.items.len() - 1;
-        self.emit("response.output_item.added", json!({"output_index": index, "item": item}));
+        self.emit("response.output_item.added", json!({"output_index": index, "item": self.items[index]}));
     }
 
     /// Ends the item that is open.
@@ -238,7 +238,7 @@ mod tests {
 
     fn output(pieces: Vec<Piece>) -> (Vec<Value>, Value) {
         let echo = json!({"store": true}).as_object().cloned().unwrap_or_default();
-        let mut output = Output::new("resp_1".into(), 7, "m", echo);
+        let mut output = Output::new("resp_1", 7, "m", echo);
         output.begin();
         pieces.into_iter().for_each(|p| output.push(p));
         (output.take_events(), output.response())

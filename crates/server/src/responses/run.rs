@@ -62,7 +62,7 @@ impl Run {
         };
         let id = new_id("resp");
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let mut output = Output::new(id.clone(), created, &model.name, asked.echo);
+        let mut output = Output::new(&id, created, &model.name, asked.echo);
         output.begin();
         let own = asked.input.len();
         let mut input = history;
@@ -97,19 +97,14 @@ impl Run {
                 Ok(()) = self.cancelled.changed() => None,
                 piece = self.pieces.as_mut()?.next() => piece,
             };
+            let is_last = piece.as_ref().is_none_or(|p| matches!(p, Piece::Ended(_) | Piece::Failed(_)));
             match piece {
-                Some(piece) => {
-                    let is_last = matches!(piece, Piece::Ended(_) | Piece::Failed(_));
-                    self.output.push(piece);
-                    // Whoever reads the last event may ask for the response at once.
-                    if is_last {
-                        self.end();
-                    }
-                }
-                None => {
-                    self.output.cancel();
-                    self.end();
-                }
+                Some(piece) => self.output.push(piece),
+                None => self.output.cancel(),
+            }
+            // Whoever reads the last event may ask for the response at once.
+            if is_last {
+                self.end();
             }
             self.ready.extend(self.output.take_events());
         }

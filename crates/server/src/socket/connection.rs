@@ -12,7 +12,7 @@ use futures_util::{
 use tokio::{
     sync::mpsc,
     task::JoinHandle,
-    time::{MissedTickBehavior, interval, timeout},
+    time::{Instant, MissedTickBehavior, interval_at, timeout},
 };
 
 use super::MESSAGE_BYTES_MAX;
@@ -112,7 +112,7 @@ fn broken(e: Error) -> (u16, &'static str) {
 }
 
 async fn write(mut sink: SplitSink<WebSocket, Message>, mut messages: mpsc::Receiver<Message>) {
-    let mut pings = interval(SOCKET_PING_SECONDS);
+    let mut pings = interval_at(Instant::now() + SOCKET_PING_SECONDS, SOCKET_PING_SECONDS);
     pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let message = tokio::select! {

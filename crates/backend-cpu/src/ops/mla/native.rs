@@ -204,7 +204,11 @@ fn grow(list: &mut Vec<f32>, len: usize) {
 
 impl Row {
     fn splits(&self) -> usize {
-        (0..).find(|split| split_start(*split) >= self.keys).unwrap_or(0)
+        let mut splits = 0;
+        while split_start(splits) < self.keys {
+            splits += 1;
+        }
+        splits
     }
 }
 

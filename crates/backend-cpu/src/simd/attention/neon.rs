@@ -57,13 +57,6 @@ impl Lanes for P {
     }
 }
 
-/// Four F32 at `p`.
-#[inline(always)]
-unsafe fn widest(p: *const f32) -> float32x4_t {
-    // SAFETY: the caller's promise.
-    unsafe { vreinterpretq_f32_u8(vld1q_u8(p.cast())) }
-}
-
 /// Four BF16 at `p`.
 #[inline(always)]
 unsafe fn widen(p: *const u8) -> float32x4_t {

@@ -1,0 +1,185 @@
+//! Native precision on the first CUDA device, where there is one: near the reference, and each row by itself.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use oxseek_backend_cuda::{CudaBackend, CudaOptions, Precision};
+use oxseek_tensor::{
+    Backend, CacheFormat, DType,
+    backend::{
+        AttendMode, BLOCK_TOKENS, CacheShape, ExpertMatrices, GroupScore, MlaShape, Mlp, RouterShape,
+        Scoring, Segment, StepInput, read_now,
+    },
+    conformance::{Random, check_row_invariance},
+    dtype::{bf16_to_f32, f32_to_bf16},
+    reference::ReferenceBackend,
+};
+
+const ROUTER: RouterShape = RouterShape {
+    experts: 16,
+    top_k: 4,
+    groups: 4,
+    groups_kept: 2,
+    group_score: GroupScore::TopTwoSum,
+    scoring: Scoring::Sigmoid,
+    normalize: true,
+    scale: 1.0,
+};
+const MLA: MlaShape = MlaShape { heads: 32, nope: 48, rope: 32, value: 40, latent: 256, softmax_scale: 0.1 };
+
+fn native() -> Option<CudaBackend> {
+    let options = CudaOptions { precision: Precision::Native, ..CudaOptions::default() };
+    CudaBackend::new(options).inspect_err(|e| println!("not run: {e}")).ok()
+}
+
+fn step(start: usize, rows: usize) -> StepInput {
+    let blocks = (0..(start + rows).div_ceil(BLOCK_TOKENS) as u32).rev().collect();
+    let segment = Segment { row: 0, rows, start, first_block: 0, mode: AttendMode::Absorbed };
+    StepInput { tokens: vec![0; rows], segments: vec![segment], blocks }
+}
+
+/// Values that BF16 holds, so that rounding them changes nothing.
+fn held(random: &mut Random, n: usize) -> Vec<f32> {
+    random.normals(n).iter().map(|v| bf16_to_f32(f32_to_bf16(*v))).collect()
+}
+
+/// `x W^T` for `rows` rows, `together` at a time.
+fn product(b: &mut dyn Backend, dtype: DType, [n, k]: [usize; 2], rows: usize, together: usize) -> Vec<f32> {
+    let mut random = Random::new(3);
+    let w = b.load_matrix(random.matrix(dtype, n, k).unwrap()).unwrap();
+    let values = held(&mut random, rows * k);
+    let (x, y) = (b.alloc(together, k).unwrap(), b.alloc(together, n).unwrap());
+    let mut all = Vec::new();
+    for chunk in values.chunks(together * k) {
+        let rows = chunk.len() / k;
+        b.write(chunk, x).unwrap();
+        b.begin_step(&step(0, rows)).unwrap();
+        b.matmul(x, w, y, rows).unwrap();
+        b.matmul_add(x, w, y, rows).unwrap();
+        let mut out = vec![0.0; rows * n];
+        read_now(b, y, rows, &mut out).unwrap();
+        all.extend(out);
+    }
+    all
+}
+
+/// A dense and a routed feed-forward one after the other.
+fn feed_forward(b: &mut dyn Backend, dtype: DType, rows: usize, together: usize) -> Vec<f32> {
+    const WIDTH: usize = 384;
+    let mut random = Random::new(4);
+    let mut three = |inner: usize| {
+        let mut matrix = |n, k| random.matrix(dtype, n, k).unwrap();
+        ExpertMatrices { gate: matrix(inner, WIDTH), up: matrix(inner, WIDTH), down: matrix(WIDTH, inner) }
+    };
+    let [dense, shared] = [640, 256].map(|inner| {
+        let m = three(inner);
+        let mut load = |m| b.load_matrix(m).unwrap();
+        Mlp { gate: load(m.gate), up: load(m.up), down: load(m.down) }
+    });
+    let experts = b.load_experts((0..ROUTER.experts).map(|_| three(128)).collect()).unwrap();
+    let gate = b.load_matrix(random.matrix(DType::F32, ROUTER.experts, WIDTH).unwrap()).unwrap();
+    let values = held(&mut random, rows * WIDTH);
+    let (x, y) = (b.alloc(together, WIDTH).unwrap(), b.alloc(together, WIDTH).unwrap());
+    let routing = b.alloc_routing(together, ROUTER.top_k).unwrap();
+    let mut all = Vec::new();
+    for chunk in values.chunks(together * WIDTH) {
+        let rows = chunk.len() / WIDTH;
+        b.write(chunk, x).unwrap();
+        b.write(chunk, y).unwrap();
+        b.begin_step(&step(0, rows)).unwrap();
+        b.mlp(x, &dense, y).unwrap();
+        b.route(&ROUTER, x, gate, None, routing).unwrap();
+        b.moe(x, routing, experts, Some(&shared), y).unwrap();
+        let mut out = vec![0.0; rows * WIDTH];
+        read_now(b, y, rows, &mut out).unwrap();
+        all.extend(out);
+    }
+    all
+}
+
+/// Attention of the last `rows` rows of a sequence of `length`.
+fn attention(b: &mut dyn Backend, length: usize, rows: usize, together: usize) -> Vec<f32> {
+    let mut random = Random::new(5);
+    let (width, q_width) = (MLA.latent + MLA.rope, MLA.heads * (MLA.nope + MLA.rope));
+    let kv_b = random.matrix(DType::BF16, MLA.heads * (MLA.nope + MLA.value), MLA.latent).unwrap();
+    let kv_b = b.load_kv_b(&MLA, kv_b).unwrap();
+    let norm = b.load_vector(&random.normals(MLA.latent)).unwrap();
+    let rope = b.load_rope(&[0.3; 16], 1.0).unwrap();
+    let shape = CacheShape {
+        layers: 1,
+        blocks: length.div_ceil(BLOCK_TOKENS),
+        latent: MLA.latent,
+        rope: MLA.rope,
+        format: CacheFormat::Bf16,
+    };
+    let cache = b.alloc_cache(shape).unwrap();
+    let (kv, q) = (b.alloc(length, width).unwrap(), b.alloc(together, q_width).unwrap());
+    let y = b.alloc(together, MLA.heads * MLA.value).unwrap();
+    let mut whole = step(0, length);
+    b.write(&random.normals(length * width), kv).unwrap();
+    b.begin_step(&whole).unwrap();
+    b.mla_append(&MLA, rope, norm, 1e-6, kv, cache, 0).unwrap();
+    let mut all = Vec::new();
+    for (i, chunk) in held(&mut random, rows * q_width).chunks(together * q_width).enumerate() {
+        let n = chunk.len() / q_width;
+        whole.tokens = vec![0; n];
+        whole.segments[0] = Segment { rows: n, start: length - rows + i * together, ..whole.segments[0] };
+        b.write(chunk, q).unwrap();
+        b.begin_step(&whole).unwrap();
+        b.mla_attend(&MLA, q, kv_b, cache, 0, y).unwrap();
+        let mut out = vec![0.0; n * MLA.heads * MLA.value];
+        read_now(b, y, n, &mut out).unwrap();
+        all.extend(out);
+    }
+    all
+}
+
+fn check(name: &str, bound: f64, together: usize, run: impl Fn(&mut dyn Backend, usize) -> Vec<f32>) {
+    let Some(mut gpu) = native() else { return };
+    let found = run(&mut gpu, together);
+    let alone = run(&mut native().unwrap(), 1);
+    let differ = found.iter().zip(&alone).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+    assert_eq!((differ, found.len()), (0, alone.len()), "{name}: values depend on the batch");
+    let expected = run(&mut ReferenceBackend::new(), together);
+    let square = |v: f64| v * v;
+    let rms = (expected.iter().map(|v| square((*v).into())).sum::<f64>() / expected.len() as f64).sqrt();
+    let worst = expected.iter().zip(&found).map(|(e, f)| f64::from((e - f).abs())).fold(0.0, f64::max);
+    println!("{name}: {:.1e} of {bound:.0e}", worst / rms);
+    assert!(found.iter().all(|v| v.is_finite()) && worst / rms <= bound, "{name}: {}", worst / rms);
+}
+
+#[test]
+fn products() {
+    for dtype in [DType::BF16, DType::F8E4M3] {
+        for size in [[16, 128], [37, 256], [576, 1408], [130, 2176]] {
+            for rows in [7, 16, 30, 64, 130] {
+                let run = |b: &mut dyn Backend, together| product(b, dtype, size, rows, together);
+                check(&format!("{dtype} {size:?} {rows} rows"), 2e-5, rows, run);
+            }
+        }
+    }
+}
+
+#[test]
+fn experts() {
+    for dtype in [DType::BF16, DType::F8E4M3] {
+        for rows in [3, 21, 70] {
+            let run = |b: &mut dyn Backend, together| feed_forward(b, dtype, rows, together);
+            check(&format!("experts {dtype} {rows} rows"), 3e-2, rows, run);
+        }
+    }
+}
+
+#[test]
+fn attention_over_blocks() {
+    for (length, rows) in [(5, 5), (64, 2), (130, 70), (700, 9)] {
+        let run = |b: &mut dyn Backend, together| attention(b, length, rows, together);
+        check(&format!("attention {rows} of {length}"), 3e-2, rows, run);
+    }
+}
+
+#[test]
+fn rows_do_not_depend_on_their_neighbours() {
+    if native().is_some() {
+        let report = check_row_invariance(&mut || Box::new(native().unwrap()), 5);
+        assert_eq!(report.failures().count(), 0, "{report}");
+    }
+}
