@@ -84,7 +84,7 @@ pub(crate) async fn door(State(state): State<AppState>, mut request: Request, ne
             .optional("key", key.as_ref().map(|k| k.name.as_str()))
             .text("method", method)
             .text("route", &route)
-            .number("status", f64::from(status.as_u16()))
+            .number("status", status.as_u16())
             .number("ms", millis(took))
     });
     response

@@ -104,7 +104,7 @@ impl Line {
         }
     }
 
-    pub(crate) fn number(mut self, name: &'static str, value: f64) -> Self {
+    pub(crate) fn number(mut self, name: &'static str, value: impl Into<Value>) -> Self {
         self.fields.push((name, value.into()));
         self
     }
