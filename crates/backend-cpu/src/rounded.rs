@@ -234,8 +234,8 @@ pub(crate) fn interleave(
     })
 }
 
-/// Most tokens of a tile at any level.
-pub(crate) const TILE_TOKENS_MAX: usize = 16;
+/// Most tokens of a tile at any level: the widths that products and [`RowsMut::interleave`] list.
+pub(crate) const TILE_TOKENS_MAX: usize = 12;
 
 #[cfg(test)]
 mod tests {
