@@ -85,19 +85,23 @@ impl PackedFormat {
     }
 
     /// Bytes before the codes of an FP8 group: its scales, in whole cache lines.
-    fn header_bytes(self, cols: usize) -> usize {
+    const fn header_bytes(self, cols: usize) -> usize {
         match self {
             Self::E4m3 => (cols.div_ceil(RUN) * 4).next_multiple_of(64),
             _ => 0,
         }
     }
 
-    fn group_bytes(self, cols: usize) -> usize {
+    /// Bytes of sixteen rows of `cols` columns.
+    pub(crate) const fn group_bytes(self, cols: usize) -> usize {
         match self {
             Self::Bf16 => cols.div_ceil(2) * 64,
             Self::E4m3 => self.header_bytes(cols) + cols.div_ceil(RUN) * E4M3_BLOCK_BYTES,
             Self::Int4 => cols / 32 * 18 * GROUP_ROWS,
-            _ => self.blocks().map_or(0, |b| b.group_bytes(cols)),
+            _ => match self.blocks() {
+                Some(blocks) => blocks.group_bytes(cols),
+                None => 0,
+            },
         }
     }
 }

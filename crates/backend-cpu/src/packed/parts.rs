@@ -79,9 +79,9 @@ impl Part {
         }
     }
 
+    /// Packs the part of the block that begins at byte `block` of each row.
     #[inline(always)]
     #[allow(clippy::inline_always, reason = "a constant where it is used")]
-    /// Packs the part of the block that begins at byte `block` of each row.
     fn pack(self, rows: &[&[u8]; GROUP_ROWS], block: usize, out: &mut [u8]) {
         match self {
             Half(at) => pack_each(rows, block + at, out, |half: [u8; 2]| half),
@@ -97,7 +97,7 @@ impl Part {
 }
 
 impl Blocks {
-    pub(super) fn group_bytes(&self, cols: usize) -> usize {
+    pub(super) const fn group_bytes(&self, cols: usize) -> usize {
         cols / self.cols * self.bytes * GROUP_ROWS
     }
 

@@ -213,9 +213,12 @@ trait Tiled<P: Panel> {
 pub(super) struct Ahead {
     /// Whether this tile is the first that reads its groups, and nobody fetched them before.
     streams: bool,
+    /// Bytes between a line that streams in and the one in use.
     distance: usize,
     group_bytes: usize,
+    /// The next pair of groups, from the share of the next tile on.
     next: *const u8,
+    /// Bytes that each tile brings.
     share: usize,
     /// 256ths of a byte per step.
     step: usize,
@@ -243,24 +246,6 @@ impl Ahead {
         self.next = self.next.wrapping_add(if self.step > 0 { self.share } else { 0 });
     }
 
-    /// Asks for what step `step` is to bring.
-    ///
-    /// # Safety
-    /// The features of `P`.
-    #[inline(always)]
-    pub(super) unsafe fn step<P: Panel>(&self, step: usize) {
-        let (from, to) = ((step * self.step) >> 14, ((step + 1) * self.step) >> 14);
-        for line in from..to {
-            // SAFETY: a hint about a place that need not be there.
-            unsafe { P::prefetch(self.next.wrapping_add(line * 64)) };
-        }
-    }
-}
-
-/// The lines of the groups that come about [`STREAM_AHEAD`] bytes after those in use, if `S`.
-pub(super) struct Stream<const G: usize, const S: bool>([*const u8; G]);
-
-impl Ahead {
     /// What follows the bytes from `offset` on: after the end of the groups, the next ones.
     #[inline(always)]
     pub(super) fn stream<const G: usize, const S: bool>(
@@ -278,7 +263,23 @@ impl Ahead {
         }
         Stream(at).from(offset - self.group_bytes)
     }
+
+    /// Asks for what step `step` is to bring.
+    ///
+    /// # Safety
+    /// The features of `P`.
+    #[inline(always)]
+    pub(super) unsafe fn step<P: Panel>(&self, step: usize) {
+        let (from, to) = ((step * self.step) >> 14, ((step + 1) * self.step) >> 14);
+        for line in from..to {
+            // SAFETY: a hint about a place that need not be there.
+            unsafe { P::prefetch(self.next.wrapping_add(line * 64)) };
+        }
+    }
 }
+
+/// The lines of the groups that come about [`STREAM_AHEAD`] bytes after those in use, if `S`.
+pub(super) struct Stream<const G: usize, const S: bool>([*const u8; G]);
 
 impl<const G: usize, const S: bool> Stream<G, S> {
     #[inline(always)]

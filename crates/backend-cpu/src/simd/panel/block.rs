@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 
 use super::{Ahead, Panel, Stream, Tiled};
 use crate::{
-    packed::{PanelRef, RUN},
+    packed::{PackedFormat, PanelRef, RUN},
     rounded::{BYTE_RUN_WORDS, CODES, SUMS_16, SUMS_32},
 };
 
@@ -17,8 +17,9 @@ pub(super) trait Block<P: Panel> {
     const ZERO_SHIFT: Option<u32>;
     /// One of the formats that most people have.
     const COMMON: bool = false;
+    const FORMAT: PackedFormat;
     /// Half cache lines of a block of all rows of a group, rounded up.
-    const LINES_TWICE: usize;
+    const LINES_TWICE: usize = (Self::FORMAT.group_bytes(256) * 4 * Self::UNITS / 256).div_ceil(32);
     /// Whether the blocks of 256 columns share a header.
     const SUPER: bool = false;
     /// Whether the blocks of a run are unrolled where the level does so, so that their places in a super-block are
@@ -46,8 +47,8 @@ pub(super) struct Q4_0;
 pub(super) struct Q4K;
 
 impl<P: Panel> Block<P> for Q8_0 {
+    const FORMAT: PackedFormat = PackedFormat::Q8_0;
     const COMMON: bool = true;
-    const LINES_TWICE: usize = 17;
     const ZERO_SHIFT: Option<u32> = Some(7);
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
@@ -66,8 +67,8 @@ impl<P: Panel> Block<P> for Q8_0 {
 }
 
 impl<P: Panel> Block<P> for Q4_0 {
+    const FORMAT: PackedFormat = PackedFormat::Q4_0;
     const COMMON: bool = true;
-    const LINES_TWICE: usize = 9;
     const ZERO_SHIFT: Option<u32> = Some(3);
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
@@ -92,8 +93,8 @@ impl<P: Panel> Block<P> for Q4_0 {
 const Q4K_BYTES: usize = 16 * 144;
 
 impl<P: Panel> Block<P> for Q4K {
+    const FORMAT: PackedFormat = PackedFormat::Q4K;
     const COMMON: bool = true;
-    const LINES_TWICE: usize = 9;
     const ZERO_SHIFT: Option<u32> = None;
     const SUPER: bool = true;
     const UNROLLED: bool = true;

@@ -1,6 +1,7 @@
 //! Super-blocks of 256 columns with codes of 2, 3, 5 and 6 bits; `packed/parts.rs` says how they lie.
 
 use super::{Panel, block::Block};
+use crate::packed::PackedFormat;
 
 /// 16 scales, 16 minima, four words of sixteen factors (low nibble scale, high one minimum), 16 units of 2-bit codes.
 pub(super) struct Q2K;
@@ -23,7 +24,7 @@ unsafe fn codes_of_2_bits<P: Panel>(at: *const u8, b: usize, unit: usize) -> P::
 }
 
 impl<P: Panel> Block<P> for Q2K {
-    const LINES_TWICE: usize = 3;
+    const FORMAT: PackedFormat = PackedFormat::Q2K;
     const UNITS: usize = 4;
     const ZERO_SHIFT: Option<u32> = None;
     const SUPER: bool = true;
@@ -55,7 +56,7 @@ impl<P: Panel> Block<P> for Q2K {
 }
 
 impl<P: Panel> Block<P> for Q3K {
-    const LINES_TWICE: usize = 4;
+    const FORMAT: PackedFormat = PackedFormat::Q3K;
     const UNITS: usize = 4;
     const ZERO_SHIFT: Option<u32> = Some(2);
     const SUPER: bool = true;
@@ -85,7 +86,7 @@ impl<P: Panel> Block<P> for Q3K {
 }
 
 impl<P: Panel> Block<P> for Q5K {
-    const LINES_TWICE: usize = 11;
+    const FORMAT: PackedFormat = PackedFormat::Q5K;
     const ZERO_SHIFT: Option<u32> = None;
     const SUPER: bool = true;
     #[inline(always)]
@@ -131,8 +132,8 @@ unsafe fn factor_of_6_bits<P: Panel>(at: *const u8, b: usize, which: usize) -> P
 }
 
 impl<P: Panel> Block<P> for Q6K {
+    const FORMAT: PackedFormat = PackedFormat::Q6K;
     const COMMON: bool = true;
-    const LINES_TWICE: usize = 7;
     const UNITS: usize = 4;
     const ZERO_SHIFT: Option<u32> = Some(5);
     const SUPER: bool = true;

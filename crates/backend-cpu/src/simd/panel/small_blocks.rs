@@ -1,6 +1,7 @@
 //! Blocks of 32 columns with minima, with fifth bits, or with both; `packed/parts.rs` says how they lie.
 
 use super::{Panel, block::Block};
+use crate::packed::PackedFormat;
 
 /// 16 scales and 16 minima, then 4 units of nibbles as in Q4_0.
 pub(super) struct Q4_1;
@@ -36,7 +37,7 @@ unsafe fn codes_of_5_bits<P: Panel>(at: *const u8, unit: usize) -> P::U {
 }
 
 impl<P: Panel> Block<P> for Q4_1 {
-    const LINES_TWICE: usize = 10;
+    const FORMAT: PackedFormat = PackedFormat::Q4_1;
     const ZERO_SHIFT: Option<u32> = None;
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
@@ -60,7 +61,7 @@ impl<P: Panel> Block<P> for Q4_1 {
 }
 
 impl<P: Panel> Block<P> for Q5_0 {
-    const LINES_TWICE: usize = 11;
+    const FORMAT: PackedFormat = PackedFormat::Q5_0;
     const ZERO_SHIFT: Option<u32> = Some(4);
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
@@ -79,7 +80,7 @@ impl<P: Panel> Block<P> for Q5_0 {
 }
 
 impl<P: Panel> Block<P> for Q5_1 {
-    const LINES_TWICE: usize = 12;
+    const FORMAT: PackedFormat = PackedFormat::Q5_1;
     const ZERO_SHIFT: Option<u32> = None;
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
@@ -103,7 +104,7 @@ impl<P: Panel> Block<P> for Q5_1 {
 }
 
 impl<P: Panel> Block<P> for Int4 {
-    const LINES_TWICE: usize = 9;
+    const FORMAT: PackedFormat = PackedFormat::Int4;
     const ZERO_SHIFT: Option<u32> = Some(3);
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {

@@ -3,6 +3,7 @@
 use oxseek_tensor::blocks::{E2M1_DOUBLED, IQ4_VALUES};
 
 use super::{Panel, block::Block, small_blocks::nibbles};
+use crate::packed::PackedFormat;
 
 /// 16 scales, then 4 units of nibbles as in Q4_0.
 pub(super) struct Iq4Nl;
@@ -27,7 +28,7 @@ static IQ4: [u8; 16] = unsigned(IQ4_VALUES, 128);
 static E2M1: [u8; 16] = unsigned(E2M1_DOUBLED, 16);
 
 impl<P: Panel> Block<P> for Iq4Nl {
-    const LINES_TWICE: usize = 9;
+    const FORMAT: PackedFormat = PackedFormat::Iq4Nl;
     const ZERO_SHIFT: Option<u32> = Some(7);
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
@@ -46,7 +47,7 @@ impl<P: Panel> Block<P> for Iq4Nl {
 }
 
 impl<P: Panel> Block<P> for Iq4Xs {
-    const LINES_TWICE: usize = 9;
+    const FORMAT: PackedFormat = PackedFormat::Iq4Xs;
     const ZERO_SHIFT: Option<u32> = Some(7);
     const SUPER: bool = true;
     #[inline(always)]
@@ -72,7 +73,7 @@ impl<P: Panel> Block<P> for Iq4Xs {
 }
 
 impl<P: Panel> Block<P> for Mxfp4 {
-    const LINES_TWICE: usize = 9;
+    const FORMAT: PackedFormat = PackedFormat::Mxfp4;
     const ZERO_SHIFT: Option<u32> = Some(4);
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
