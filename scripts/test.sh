@@ -25,12 +25,14 @@ cargo fmt --all --check
 cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
 cargo xtask tidy
 
-step "openai-python against oxseek serve"
-cargo build --quiet --locked --release -p oxseek
-conformance/openai-python/run.sh
-
 step "NEON kernels under QEMU"
 scripts/test-neon.sh
+
+step "build"
+cargo test --quiet --locked --workspace --no-run
+
+step "openai-python against oxseek serve"
+OXSEEK=target/debug/oxseek conformance/openai-python/run.sh
 
 step "tests"
 scripts/fetch-tokenizer.sh
