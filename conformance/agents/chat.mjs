@@ -4,8 +4,11 @@ import OpenAI from "openai";
 
 const client = new OpenAI({ baseURL: `${process.argv[2]}/v1`, apiKey: "none", maxRetries: 0 });
 const model = "oxseek-demo";
-const city = { type: "object", properties: { city: { type: "string" } }, required: ["city"], additionalProperties: false };
-const tools = [{ type: "function", function: { name: "get_weather", description: "Get the weather of a city.", parameters: city } }];
+const object = properties => ({ type: "object", properties, required: Object.keys(properties), additionalProperties: false });
+const city = object({ city: { type: "string" } });
+const place = object({ size: { enum: ["small", "big"] }, old: { type: "boolean" } });
+const weather = { name: "get_weather", description: "Get the weather of a city.", parameters: city };
+const tools = [{ type: "function", function: weather }];
 const question = { role: "user", content: "What is the weather in Paris?" };
 const checks = [];
 
@@ -29,14 +32,16 @@ async function ask(options) {
   assert.equal(got.content, message.content ?? "");
   assert.equal(got.reasoning, message.reasoning_content ?? "");
   assert.equal(got.reason, whole.finish_reason);
-  assert.deepEqual(got.calls, (message.tool_calls ?? []).map(c => ({ name: c.function.name, arguments: c.function.arguments })));
+  const calls = (message.tool_calls ?? []).map(({ function: f }) => ({ name: f.name, arguments: f.arguments }));
+  assert.deepEqual(got.calls, calls);
   return whole;
 }
 
 function check(name, run) { checks.push([name, run]); }
 
 check("thinking", async () => {
-  const { message } = await ask({ messages: [{ role: "user", content: "Tell me a story." }], chat_template_kwargs: { thinking: true } });
+  const messages = [{ role: "user", content: "Tell me a story." }];
+  const { message } = await ask({ messages, chat_template_kwargs: { thinking: true } });
   assert.ok(message.reasoning_content, "no reasoning_content");
   assert.ok(!/think>/.test(message.content + message.reasoning_content));
 });
@@ -54,9 +59,11 @@ check("a tool and its result", async () => {
 });
 
 check("JSON by a schema", async () => {
-  const format = { type: "json_schema", json_schema: { name: "place", schema: city, strict: true } };
+  const format = { type: "json_schema", json_schema: { name: "place", schema: place, strict: true } };
   const { message } = await ask({ messages: [{ role: "user", content: "Name a city." }], response_format: format });
-  assert.deepEqual(Object.keys(JSON.parse(message.content)), ["city"]);
+  const { size, old, ...rest } = JSON.parse(message.content);
+  assert.ok(["small", "big"].includes(size) && typeof old === "boolean");
+  assert.deepEqual(rest, {});
 });
 
 let failed = 0;
