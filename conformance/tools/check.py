@@ -6,27 +6,35 @@ import random
 import sys
 import urllib.request
 
-CITIES = ["Paris", "London", "Rome", "Berlin", "Madrid", "Tokyo", "Oslo", "Lima", "Cairo", "Athens"]
-SONGS = ["Happy Day", "Blue Sky", "Little Star", "The Red Boat"]
-ANIMALS = ["cat", "dog", "bird", "fish", "frog", "bear"]
+VALUES = {
+    "city": ["Paris", "London", "Rome", "Berlin", "Madrid", "Tokyo", "Oslo", "Lima", "Cairo", "Athens"],
+    "animal": ["cat", "dog", "bird", "horse", "rabbit", "lion", "bear", "duck"],
+    "color": ["red", "blue", "green", "yellow", "black", "white"],
+    "item": ["apple", "hat", "doll", "kite", "shoe", "coat"],
+    "name": ["Tom", "Mia", "Anna", "Max", "Sue", "Jack"],
+    "number": [2, 3, 4, 5, 6, 7, 8, 9],
+}
 
-# Name, description, parameter, its type, questions, values.
-TOOLS = [
-    ("get_weather", "Get the weather in a city", "city", "string",
-     ["What is the weather in {}?", "How is the weather in {}?"], CITIES),
-    ("get_time", "Get the time in a city", "city", "string",
-     ["What time is it in {}?", "What is the time in {}?"], CITIES),
-    ("play_song", "Play a song", "title", "string", ["Play the song {}.", "Play {}."], SONGS),
-    ("get_animal_fact", "Get a fact about an animal", "animal", "string",
-     ["Tell me a fact about a {}.", "Give me a fact about the {}."], ANIMALS),
-    ("set_timer", "Set a timer", "minutes", "integer",
-     ["Set a timer for {} minutes.", "Start a timer of {} minutes."], [3, 5, 10, 20, 30]),
-]
+# The kinds of tools that the demo model has learned: description, parameters, questions.
+TOOLS = {
+    "get_weather": ("Get the weather in a city", ["city"],
+                    ["What is the weather in {city}?", "How is the weather in {city} today?"]),
+    "get_time": ("Get the time in a city", ["city"],
+                 ["What time is it in {city}?", "Tell me the time in {city}."]),
+    "play_sound": ("Play the sound of an animal", ["animal"], ["Play the sound of a {animal}."]),
+    "count_animals": ("Count animals", ["animal"], ["How many {animal}s are there?", "Count the {animal}s."]),
+    "draw_picture": ("Draw a picture of an animal in a color", ["animal", "color"],
+                     ["Draw a {color} {animal}.", "Draw a picture of a {color} {animal}."]),
+    "buy_item": ("Buy an item", ["item", "number"], ["Buy {number} {item}s.", "Please buy {number} {item}s."]),
+    "set_alarm": ("Set an alarm", ["number"], ["Wake me up at {number}."]),
+    "find_person": ("Find a person", ["name"], ["Find {name}.", "Where is {name}?"]),
+}
 
 
-def declared(tool, strict):
-    name, description, parameter, kind, _, _ = tool
-    schema = {"type": "object", "properties": {parameter: {"type": kind}}, "required": [parameter]}
+def declared(name, strict):
+    description, parameters, _ = TOOLS[name]
+    kind = lambda p: {"type": "integer" if p == "number" else "string"}
+    schema = {"type": "object", "properties": {p: kind(p) for p in parameters}, "required": parameters}
     function = {"name": name, "description": description, "parameters": schema}
     if strict:
         function["parameters"] = {**schema, "additionalProperties": False}
@@ -65,20 +73,17 @@ def streamed(base, body):
     return calls, content
 
 
-def valid(tool, arguments, strict):
+def valid(name, arguments, strict):
     """Whether the arguments are valid for the tool's schema."""
     try:
         value = json.loads(arguments)
     except ValueError:
         return False
-    kinds = {"string": str, "integer": int}
-    field = tool[2]
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get(field), kinds[tool[3]])
-        and not isinstance(value.get(field), bool)
-        and (not strict or set(value) == {field})
-    )
+    if name not in TOOLS or not isinstance(value, dict):
+        return False
+    parameters = TOOLS[name][1]
+    fits = lambda p: type(value.get(p)) is (int if p == "number" else str)
+    return all(fits(p) for p in parameters) and (not strict or set(value) == set(parameters))
 
 
 def odd(rng):
@@ -98,7 +103,11 @@ def odd(rng):
         "additionalProperties": False,
     }
 
-    def check(value):
+    def check(arguments):
+        try:
+            value = json.loads(arguments)
+        except ValueError:
+            return False
         return (
             set(value) == {"kind", "amount", "tags", "sure"}
             and value["kind"] in choices
@@ -113,10 +122,10 @@ def odd(rng):
 
 def one(base, seed):
     rng = random.Random(seed)
-    tools = rng.sample(TOOLS, rng.randint(1, 4))
+    tools = rng.sample(sorted(TOOLS), rng.randint(1, 4))
     tool = rng.choice(tools)
-    value = rng.choice(tool[5])
-    question = rng.choice(tool[4]).format(value)
+    values = {p: rng.choice(VALUES[p]) for p in TOOLS[tool][1]}
+    question = rng.choice(TOOLS[tool][2]).format(**values)
     found = {}
     for strict in (False, True):
         body = {
@@ -127,15 +136,12 @@ def one(base, seed):
         }
         calls, content = whole(base, body)
         found["same", strict] = (calls, content) == streamed(base, body)
-        by_name = {t[0]: t for t in tools}
-        found["valid", strict] = all(n in by_name and valid(by_name[n], a, strict) for n, a in calls)
+        found["valid", strict] = all(n in tools and valid(n, a, strict) for n, a in calls)
         found["called", strict] = bool(calls)
-        right = [(tool[0], value)] == [
-            (n, json.loads(a).get(tool[2])) for n, a in calls if n in by_name and valid(by_name[n], a, False)
-        ]
+        right = len(calls) == 1 and valid(*calls[0], False) and (calls[0][0], json.loads(calls[0][1])) == (tool, values)
         found["right", strict] = right
         if not right:
-            found["shown", strict] = f"{question!r} of {[t[0] for t in tools]}: {calls} {content[:60]!r}"
+            found["shown", strict] = f"{question!r} of {tools}: {calls} {content[:60]!r}"
     schema, check = odd(rng)
     forced = {"type": "function", "function": {"name": "note", "parameters": schema, "strict": True}}
     body = {
@@ -147,7 +153,7 @@ def one(base, seed):
         "max_tokens": 400,
     }
     calls, _ = whole(base, body)
-    found["forced"] = bool(calls) and all(n == "note" and check(json.loads(a)) for n, a in calls)
+    found["forced"] = bool(calls) and all(n == "note" and check(a) for n, a in calls)
     found["forced same"] = calls == streamed(base, body)[0]
     return found
 

@@ -6,7 +6,10 @@ use llguidance::api::GrammarWithLexer;
 use oxseek_text::{CallStyle, Tokenizer};
 use serde_json::{Value, json};
 
-use crate::{Error, rule::json_grammar};
+use crate::{
+    Error,
+    rule::{ONE_LINE, json_grammar},
+};
 
 /// The calls that a turn may hold.
 #[derive(Debug, Clone)]
@@ -39,7 +42,7 @@ impl CallRules {
                 continue;
             }
             let name = format!("arguments_{i}");
-            let grammar = json_grammar(&object_schema(schema), bytes_left)?;
+            let grammar = json_grammar(&object_schema(schema), ONE_LINE, bytes_left)?;
             grammars.push(GrammarWithLexer { name: Some(name.clone()), ..grammar });
             names.push(format!("@{name}"));
         }
@@ -127,7 +130,7 @@ impl CallRules {
                         }
                     }
                     let grammar_name = format!("value_{i}_{j}");
-                    let grammar = json_grammar(&value, bytes_left)?;
+                    let grammar = json_grammar(&value, ONE_LINE, bytes_left)?;
                     grammars.push(GrammarWithLexer { name: Some(grammar_name.clone()), ..grammar });
                     format!(r#"{} @{grammar_name} "</" {bar} {end}"#, quoted(&format!("{head}false\">")))
                 };

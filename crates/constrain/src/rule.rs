@@ -27,8 +27,8 @@ pub enum AnswerRule {
 impl AnswerRule {
     pub(crate) fn grammar(&self, name: &str, bytes_left: &mut usize) -> Result<GrammarWithLexer, Error> {
         let grammar = match self {
-            Self::JsonObject => json_grammar(&json!({"type": "object"}), bytes_left)?,
-            Self::JsonSchema(schema) => json_grammar(schema, bytes_left)?,
+            Self::JsonObject => json_grammar(&json!({"type": "object"}), INDENTED, bytes_left)?,
+            Self::JsonSchema(schema) => json_grammar(schema, INDENTED, bytes_left)?,
             Self::Regex(expression) => {
                 check_text(expression, REGEX_BYTES_MAX)?;
                 GrammarWithLexer::from_regex(expression)
@@ -56,14 +56,24 @@ impl AnswerRule {
     }
 }
 
-/// JSON with a bounded stretch of white space between its parts: a model could write it for ever.
-pub(crate) fn json_grammar(schema: &Value, bytes_left: &mut usize) -> Result<GrammarWithLexer, Error> {
+/// White space between the parts of an answer's JSON: a space, or a new line with its indent. A model could write more
+/// of it for ever.
+const INDENTED: &str = r"\x20|\x0A\x20{0,16}";
+/// Arguments stand in one line.
+pub(crate) const ONE_LINE: &str = r"\x20";
+
+/// JSON with little white space between its parts.
+pub(crate) fn json_grammar(
+    schema: &Value,
+    white_space: &str,
+    bytes_left: &mut usize,
+) -> Result<GrammarWithLexer, Error> {
     check_schema(schema, bytes_left)?;
     let mut schema = match schema {
         Value::Bool(true) => json!({}),
         Value::Object(_) => schema.clone(),
         _ => return Err(Error::Grammar("a schema is an object".into())),
     };
-    schema["x-guidance"] = json!({"whitespace_pattern": r"[\x20\x0A\x09]{1,40}"});
+    schema["x-guidance"] = json!({"whitespace_pattern": white_space});
     Ok(GrammarWithLexer::from_json_schema(schema))
 }
