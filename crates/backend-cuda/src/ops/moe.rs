@@ -194,12 +194,12 @@ impl CudaBackend {
                 ids,
                 weights,
                 order,
-                list,
-                tiles,
-                grouped,
                 top_k,
                 inner_max,
                 experts,
+                list,
+                tiles,
+                grouped,
                 ..Routed::default()
             };
             let x = self.rounded(op, rows_of_x, rows)?;
