@@ -1,6 +1,6 @@
 // Native precision: BF16 activations times BF16 or FP8 weights on the tensor cores, sums in F32.
 //
-// Eight warps of a block divide the columns into eight parts, whole runs of 128, by the number of columns alone; each part
+// Eight warps of a block divide the columns, a multiple of 64, into eight parts of runs of 128, by the number of columns alone; each part
 // is summed in order and the parts are added in order. So a row's bits do not depend on the rows beside it, nor on how
 // many of them a block takes.
 #include "step.cuh"
@@ -28,87 +28,106 @@ __device__ __forceinline__ uint32_t bf16_pair(uint32_t codes) {
   return v;
 }
 
-// MT tiles of 16 weight rows by NT tiles of 8 tokens over runs [from, to). A lane has rows g and g + 8 of each weight
-// tile at `w`, and token g of each token tile at `x`, where g = lane / 4; which columns meet in one mma is of no matter as
-// long as both sides agree.
-template <int FORMAT, int MT, int NT>
-__device__ __forceinline__ void multiply(const uint8_t* const (*w)[2], const float* const* scales, const __nv_bfloat16* const* x, int from, int to,
-                                         float (*sums)[NT][4]) {
-  int t = threadIdx.x & 3;
+// STEPS times 32 columns of BF16 weights from column k on, added to the sums.
+template <int STEPS, int MT, int NT>
+__device__ __forceinline__ void add_bf16(const uint8_t* const (*w)[2], const __nv_bfloat16* const* x, int k, float (*sums)[NT][4]) {
+  uint4 a[STEPS][MT][2], b[STEPS][NT];
+#pragma unroll
+  for (int s = 0; s < STEPS; s++) {
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+      for (int r = 0; r < 2; r++) a[s][i][r] = load_weights(w[i][r] + (size_t)(k + s * 32) * 2);
+#pragma unroll
+    for (int j = 0; j < NT; j++) b[s][j] = *(const uint4*)(x[j] + k + s * 32);
+  }
+#pragma unroll
+  for (int s = 0; s < STEPS; s++)
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+      uint32_t first[4] = {a[s][i][0].x, a[s][i][1].x, a[s][i][0].y, a[s][i][1].y};
+      uint32_t second[4] = {a[s][i][0].z, a[s][i][1].z, a[s][i][0].w, a[s][i][1].w};
+#pragma unroll
+      for (int j = 0; j < NT; j++) {
+        mma(sums[i][j], first, b[s][j].x, b[s][j].y);
+        mma(sums[i][j], second, b[s][j].z, b[s][j].w);
+      }
+    }
+}
+
+// STEPS times 64 columns of FP8 codes from column k on, added to the sums, without their scale.
+template <int STEPS, int MT, int NT>
+__device__ __forceinline__ void add_fp8(const uint8_t* const (*w)[2], const __nv_bfloat16* const* x, int k, float (*sums)[NT][4]) {
+  uint4 a[STEPS][MT][2];
+#pragma unroll
+  for (int s = 0; s < STEPS; s++)
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+      for (int r = 0; r < 2; r++) a[s][i][r] = load_weights(w[i][r] + k + s * 64);
+#pragma unroll
+  for (int s = 0; s < STEPS; s++) {
+#pragma unroll
+    for (int quarter = 0; quarter < 4; quarter++) {
+      uint32_t b[NT][2];
+#pragma unroll
+      for (int j = 0; j < NT; j++) {
+        uint2 v = *(const uint2*)(x[j] + k + s * 64 + quarter * 4);
+        b[j][0] = __byte_perm(v.x, v.y, 0x5410);  // columns 0 and 2
+        b[j][1] = __byte_perm(v.x, v.y, 0x7632);  // columns 1 and 3
+      }
+#pragma unroll
+      for (int i = 0; i < MT; i++) {
+        const uint32_t* low = &a[s][i][0].x;
+        const uint32_t* high = &a[s][i][1].x;
+        uint32_t codes[2] = {low[quarter], high[quarter]};
+        uint32_t f[4] = {bf16_pair(codes[0] << 8), bf16_pair(codes[1] << 8), bf16_pair(codes[0]), bf16_pair(codes[1])};
+#pragma unroll
+        for (int j = 0; j < NT; j++) mma(sums[i][j], f, b[j][0], b[j][1]);
+      }
+    }
+  }
+}
+
+template <int MT, int NT>
+__device__ __forceinline__ void clear(float (*sums)[NT][4]) {
 #pragma unroll
   for (int i = 0; i < MT; i++)
 #pragma unroll
     for (int j = 0; j < NT; j++)
 #pragma unroll
       for (int c = 0; c < 4; c++) sums[i][j][c] = 0;
+}
+
+// MT tiles of 16 weight rows by NT tiles of 8 tokens over runs [from, to), of which the last of a row may be short. A lane
+// has rows g and g + 8 of each weight tile at `w`, and token g of each token tile at `x`, where g = lane / 4; which columns
+// meet in one mma is of no matter as long as both sides agree.
+template <int FORMAT, int MT, int NT>
+__device__ __forceinline__ void multiply(const uint8_t* const (*w)[2], const float* const* scales, const __nv_bfloat16* const* x, int cols, int from, int to,
+                                         float (*sums)[NT][4]) {
+  int t = threadIdx.x & 3;
+  clear<MT, NT>(sums);
 #pragma unroll 1
   for (int run = from; run < to; run++) {
+    bool whole = (run + 1) * RUN <= cols;
     if constexpr (FORMAT == BF16) {
       constexpr int STEPS = MT * NT > 8 ? 2 : 4;
+      int k = run * RUN + t * 8;
+      if (whole) {
 #pragma unroll 1
-      for (int half = 0; half < 4 / STEPS; half++) {
-        int k = run * RUN + half * STEPS * 32 + t * 8;
-        uint4 a[STEPS][MT][2], b[STEPS][NT];
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-#pragma unroll
-          for (int i = 0; i < MT; i++)
-#pragma unroll
-            for (int r = 0; r < 2; r++) a[s][i][r] = load_weights(w[i][r] + (size_t)(k + s * 32) * 2);
-#pragma unroll
-          for (int j = 0; j < NT; j++) b[s][j] = *(const uint4*)(x[j] + k + s * 32);
-        }
-#pragma unroll
-        for (int s = 0; s < STEPS; s++)
-#pragma unroll
-          for (int i = 0; i < MT; i++) {
-            uint32_t first[4] = {a[s][i][0].x, a[s][i][1].x, a[s][i][0].y, a[s][i][1].y};
-            uint32_t second[4] = {a[s][i][0].z, a[s][i][1].z, a[s][i][0].w, a[s][i][1].w};
-#pragma unroll
-            for (int j = 0; j < NT; j++) {
-              mma(sums[i][j], first, b[s][j].x, b[s][j].y);
-              mma(sums[i][j], second, b[s][j].z, b[s][j].w);
-            }
-          }
+        for (int s = 0; s < 4; s += STEPS) add_bf16<STEPS, MT, NT>(w, x, k + s * 32, sums);
+      } else {
+#pragma unroll 1
+        for (; k < cols; k += 32) add_bf16<1, MT, NT>(w, x, k, sums);
       }
     } else {
       float part[MT][NT][4];
-#pragma unroll
-      for (int i = 0; i < MT; i++)
-#pragma unroll
-        for (int j = 0; j < NT; j++)
-#pragma unroll
-          for (int c = 0; c < 4; c++) part[i][j][c] = 0;
-      uint4 a[2][MT][2];
-#pragma unroll
-      for (int s = 0; s < 2; s++)
-#pragma unroll
-        for (int i = 0; i < MT; i++)
-#pragma unroll
-          for (int r = 0; r < 2; r++) a[s][i][r] = load_weights(w[i][r] + run * RUN + s * 64 + t * 16);
-#pragma unroll
-      for (int s = 0; s < 2; s++) {
-        int k = run * RUN + s * 64 + t * 16;
-#pragma unroll
-        for (int quarter = 0; quarter < 4; quarter++) {
-          uint32_t b[NT][2];
-#pragma unroll
-          for (int j = 0; j < NT; j++) {
-            uint2 v = *(const uint2*)(x[j] + k + quarter * 4);
-            b[j][0] = __byte_perm(v.x, v.y, 0x5410);  // columns 0 and 2
-            b[j][1] = __byte_perm(v.x, v.y, 0x7632);  // columns 1 and 3
-          }
-#pragma unroll
-          for (int i = 0; i < MT; i++) {
-            const uint32_t* low = &a[s][i][0].x;
-            const uint32_t* high = &a[s][i][1].x;
-            uint32_t codes[2] = {low[quarter], high[quarter]};
-            uint32_t f[4] = {bf16_pair(codes[0] << 8), bf16_pair(codes[1] << 8), bf16_pair(codes[0]), bf16_pair(codes[1])};
-#pragma unroll
-            for (int j = 0; j < NT; j++) mma(part[i][j], f, b[j][0], b[j][1]);
-          }
-        }
-      }
+      clear<MT, NT>(part);
+      int k = run * RUN + t * 16;
+      if (whole)
+        add_fp8<2, MT, NT>(w, x, k, part);
+      else
+        add_fp8<1, MT, NT>(w, x, k, part);
 #pragma unroll
       for (int i = 0; i < MT; i++) {
         float scale = scales[i][run];
@@ -119,6 +138,24 @@ __device__ __forceinline__ void multiply(const uint8_t* const (*w)[2], const flo
       }
     }
   }
+}
+
+__device__ __forceinline__ void part_of_warp(int cols, int& from, int& to) {
+  int runs = (cols + RUN - 1) / RUN, warp = threadIdx.x >> 5;
+  from = runs * warp / WARPS;
+  to = runs * (warp + 1) / WARPS;
+}
+
+// Asks for 16 rows of a weight, this warp's runs of them, while the kernels before this one still run.
+template <int FORMAT>
+__device__ __forceinline__ void ask_for(const Matrix& m, int row) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int bytes = FORMAT == BF16 ? RUN * 2 : RUN;
+  int lane = threadIdx.x & 31, from, to;
+  part_of_warp(m.cols, from, to);
+  const uint8_t* p = m.data + (size_t)min(row + (lane >> 1), m.rows - 1) * m.row_bytes;
+  for (int at = from * bytes + (lane & 1) * 128; at < min(to * bytes, m.row_bytes); at += 256) asm volatile("prefetch.global.L2 [%0];" ::"l"(p + at));
+#endif
 }
 
 // Adds the eight parts in order. `room` holds 8 parts of [MT * 16][NT * 8]; afterwards value (row, token) of the sum is
@@ -143,12 +180,6 @@ __device__ __forceinline__ float summed(const float* room, int token, int row) {
   return sum;
 }
 
-__device__ __forceinline__ void part_of_warp(int cols, int& from, int& to) {
-  int runs = cols / RUN, warp = threadIdx.x >> 5;
-  from = runs * warp / WARPS;
-  to = runs * (warp + 1) / WARPS;
-}
-
 // Rows of a weight tile for this lane, the last row in place of those behind it.
 __device__ __forceinline__ void tile_of(const Matrix& m, int row, const uint8_t** w, const float** scales) {
   int g = (threadIdx.x & 31) >> 2;
@@ -167,12 +198,15 @@ __device__ __forceinline__ void product(const Matrix* weight, const __nv_bfloat1
   const float* scales[MT];
   const __nv_bfloat16* xs[NT];
 #pragma unroll
+  for (int i = 0; i < MT; i++) ask_for<FORMAT>(m, row + i * 16);
+  begin();
+#pragma unroll
   for (int i = 0; i < MT; i++) tile_of(m, row + i * 16, w[i], &scales[i]);
 #pragma unroll
   for (int j = 0; j < NT; j++) xs[j] = x + (size_t)min(token + j * 8 + g, rows - 1) * m.cols;
   part_of_warp(m.cols, from, to);
   float sums[MT][NT][4];
-  multiply<FORMAT, MT, NT>(w, scales, xs, from, to, sums);
+  multiply<FORMAT, MT, NT>(w, scales, xs, m.cols, from, to, sums);
   share<MT, NT>(room, sums);
   for (int i = threadIdx.x; i < MT * 16 * NT * 8; i += blockDim.x) {
     int n = i % (MT * 16), r = i / (MT * 16);
@@ -186,7 +220,6 @@ __device__ __forceinline__ void product(const Matrix* weight, const __nv_bfloat1
 
 #define PRODUCT(name, FORMAT, MT, NT) \
   extern "C" __global__ void __launch_bounds__(256) name(const Matrix* w, const __nv_bfloat16* x, float* out, int rows, int add) { \
-    begin(); \
     product<FORMAT, MT, NT>(w, x, out, rows, add); \
   }
 PRODUCT(product_bf16_8, BF16, 1, 1)
@@ -213,19 +246,22 @@ extern "C" __global__ void to_bf16(const Matrix* weight, __nv_bfloat16* out) {
     out[(size_t)blockIdx.x * m.cols + k] = __float2bfloat16_rn(any_value(m, p, blockIdx.x, k));
 }
 
-// Tokens that one expert serves at a time.
-struct Tile {
-  int expert, first, count, unused;
-};
-
 // Sorts the choices of all rows by expert, those of one expert by row, and cuts them into tiles of at most `width`; one
 // block with a thread per expert. tiles[0].first is the number of tiles, which begin at tiles[1].
 extern "C" __global__ void moe_group(const int* ids, int choices, int experts, int width, int* list, Tile* tiles) {
   begin();
   extern __shared__ __align__(16) float room[];
-  int* counts = (int*)room;
-  int *starts = counts, *first_tiles = counts + blockDim.x, e = threadIdx.x, n = 0;
-  for (int c = 0; c < choices; c++) n += ids[c] == e;
+  constexpr int TOGETHER = 4096;
+  __shared__ short near[TOGETHER];
+  int *starts = (int*)room, *first_tiles = starts + blockDim.x, e = threadIdx.x, n = 0;
+  for (int from = 0; from < choices; from += TOGETHER) {
+    int some = min(TOGETHER, choices - from);
+    __syncthreads();
+    for (int c = threadIdx.x; c < some; c += blockDim.x) near[c] = (short)ids[from + c];
+    __syncthreads();
+#pragma unroll 8
+    for (int c = 0; c < some; c++) n += near[c] == e;
+  }
   if (e >= experts) n = 0;
   int own_tiles = (n + width - 1) / width;
   starts[e] = n;
@@ -241,9 +277,16 @@ extern "C" __global__ void moe_group(const int* ids, int choices, int experts, i
   if (e == blockDim.x - 1) tiles[0].first = first_tiles[e];
   int at = starts[e] - n, tile = first_tiles[e] - own_tiles;
   for (int i = 0; i < own_tiles; i++) tiles[1 + tile + i] = {e, at + i * width, min(width, n - i * width), 0};
-  if (n)
-    for (int c = 0; c < choices; c++)
-      if (ids[c] == e) list[at++] = c;
+  for (int from = 0; from < choices; from += TOGETHER) {
+    int some = min(TOGETHER, choices - from);
+    __syncthreads();
+    if (choices > TOGETHER)
+      for (int c = threadIdx.x; c < some; c += blockDim.x) near[c] = (short)ids[from + c];
+    __syncthreads();
+#pragma unroll 8
+    for (int c = 0; c < some; c++)
+      if (near[c] == e && e < experts) list[at++] = from + c;
+  }
 }
 
 // inner = silu(gate x) * up x in BF16. blockIdx.y below `routed` is a tile of experts, above it a tile of the shared
@@ -255,6 +298,11 @@ __device__ __forceinline__ void inner_tile(const Matrix* experts, const Tile* ti
   int row = blockIdx.x * 16, g = (threadIdx.x & 31) >> 2, from, to;
   bool shared = blockIdx.y >= routed;
   Tile tile = {0, (int)(blockIdx.y - routed) * NT * 8, NT * 8, 0};
+  if (shared) {
+    ask_for<FORMAT>(*gate, row);
+    ask_for<FORMAT>(*up, row);
+  }
+  begin();
   if (shared) {
     tile.count = min(NT * 8, rows - tile.first);
   } else {
@@ -277,7 +325,7 @@ __device__ __forceinline__ void inner_tile(const Matrix* experts, const Tile* ti
   }
   part_of_warp(a.cols, from, to);
   float sums[2][NT][4];
-  multiply<FORMAT, 2, NT>(w, scales, xs, from, to, sums);
+  multiply<FORMAT, 2, NT>(w, scales, xs, a.cols, from, to, sums);
   share<2, NT>(room, sums);
   for (int i = threadIdx.x; i < 16 * NT * 8; i += blockDim.x) {
     int n = i & 15, r = i >> 4;
@@ -298,6 +346,8 @@ __device__ __forceinline__ void outer_tile(const Matrix* experts, const Tile* ti
   int row = blockIdx.x * 16, g = (threadIdx.x & 31) >> 2, from, to;
   bool shared = blockIdx.y >= routed;
   Tile tile = {0, (int)(blockIdx.y - routed) * NT * 8, NT * 8, 0};
+  if (shared) ask_for<FORMAT>(*down, row);
+  begin();
   if (shared) {
     tile.count = min(NT * 8, rows - tile.first);
   } else {
@@ -317,7 +367,7 @@ __device__ __forceinline__ void outer_tile(const Matrix* experts, const Tile* ti
   }
   part_of_warp(m.cols, from, to);
   float sums[1][NT][4];
-  multiply<FORMAT, 1, NT>(w, scales, xs, from, to, sums);
+  multiply<FORMAT, 1, NT>(w, scales, xs, m.cols, from, to, sums);
   share<1, NT>(room, sums);
   for (int i = threadIdx.x; i < 16 * NT * 8; i += blockDim.x) {
     int n = i & 15, r = i >> 4;
@@ -332,13 +382,11 @@ __device__ __forceinline__ void outer_tile(const Matrix* experts, const Tile* ti
   extern "C" __global__ void __launch_bounds__(256) experts_inner_##suffix(                                        \
       const Matrix* experts, const Tile* tiles, const int* list, int routed, int top_k, const __nv_bfloat16* x, __nv_bfloat16* inner, int inner_max, \
       const Matrix* gate, const Matrix* up, __nv_bfloat16* shared_inner, int rows) { \
-    begin(); \
     inner_tile<FORMAT, NT>(experts, tiles, list, routed, top_k, x, inner, inner_max, gate, up, shared_inner, rows); \
   } \
   extern "C" __global__ void __launch_bounds__(256) experts_outer_##suffix(                                        \
       const Matrix* experts, const Tile* tiles, const int* list, int routed, const __nv_bfloat16* inner, int inner_max, const Matrix* down,          \
       const __nv_bfloat16* shared_inner, float* y, int choices, int rows) { \
-    begin(); \
     outer_tile<FORMAT, NT>(experts, tiles, list, routed, inner, inner_max, down, shared_inner, y, choices, rows);  \
   }
 EXPERTS(bf16_8, BF16, 1)
@@ -375,7 +423,7 @@ __device__ __forceinline__ void absorb(const __nv_bfloat16* kv_b, const float* q
   float sums[TOKENS][2] = {};
   int from = nope * group / 4, to = nope * (group + 1) / 4;
   const __nv_bfloat16* w = kv_b + (size_t)head * (nope + values) * latent + column;
-#pragma unroll 8
+#pragma unroll 16
   for (int d = from; d < to; d++) {
     float2 v = __bfloat1622float2(*(const __nv_bfloat162*)(w + (size_t)d * latent));
 #pragma unroll
@@ -432,20 +480,22 @@ extern "C" __global__ void __launch_bounds__(256) attend_block(const __nv_bfloat
   if (n <= 0) return;
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q4 = lane & 3, pieces = width / 8;
   const uint8_t* from = layer + (size_t)step.blocks[step.tables[first + t] + block] * 64 * row_bytes;
-  for (int i = threadIdx.x; i < 64 * pieces; i += blockDim.x) {
-    int r = i / pieces, c = i % pieces;
-    uint32_t to = (uint32_t)__cvta_generic_to_shared(rows + r * stride + c * 8);
-    // What lies behind the sequence's end is zero: it is multiplied by zero.
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from + (size_t)r * row_bytes + c * 16), "r"(r < n ? 16 : 0));
-  }
+  for (int r = warp; r < 64; r += WARPS)
+    for (int c = lane; c < pieces; c += 32) {
+      uint32_t to = (uint32_t)__cvta_generic_to_shared(rows + r * stride + c * 8);
+      // What lies behind the sequence's end is zero: it is multiplied by zero.
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from + (size_t)r * row_bytes + c * 16), "r"(r < n ? 16 : 0));
+    }
   const __nv_bfloat16* query = queries + ((size_t)t * gridDim.y * 16 + blockIdx.y * 16) * width;
-  for (int i = threadIdx.x; i < 16 * pieces; i += blockDim.x) {
-    uint32_t to = (uint32_t)__cvta_generic_to_shared(own + (i / pieces) * stride + i % pieces * 8);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(query + (size_t)i * 8));
-  }
+  for (int r = warp; r < 16; r += WARPS)
+    for (int c = lane; c < pieces; c += 32) {
+      uint32_t to = (uint32_t)__cvta_generic_to_shared(own + r * stride + c * 8);
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(query + (size_t)r * width + c * 8));
+    }
   asm volatile("cp.async.commit_group; cp.async.wait_group 0;");
   __syncthreads();
   float c[4] = {};
+#pragma unroll 4
   for (int k = 0; k < width; k += 16) {
     const __nv_bfloat16 *a = own + g * stride + k + q4 * 2, *b = rows + (warp * 8 + g) * stride + k + q4 * 2;
     uint32_t f[4] = {*(const uint32_t*)a, *(const uint32_t*)(a + 8 * stride), *(const uint32_t*)(a + 8), *(const uint32_t*)(a + 8 * stride + 8)};
@@ -493,49 +543,85 @@ extern "C" __global__ void __launch_bounds__(256) attend_block(const __nv_bfloat
   }
 }
 
-// The mean over all blocks of the cache, in order, and o = W_UV mean. blockIdx = (values / 32, head, row); 8 warps with
-// four values each.
-extern "C" __global__ void __launch_bounds__(256) attend_values(const __nv_bfloat16* kv_b, Step step, const float* sums, const float* largest_and_total,
-                                                                float* out, __nv_bfloat16* rounded, int first, int blocks_max, int nope, int values,
-                                                                int latent) {
-  begin();
+// The mean over all blocks of the cache, in order, and o = W_UV mean, for TOKENS rows. blockIdx = (values / 32, head,
+// rows / TOKENS); 8 warps with four values each.
+template <int TOKENS>
+__device__ __forceinline__ void combine(const __nv_bfloat16* kv_b, const Step& step, const float* sums, const float* largest_and_total, float* out,
+                                        __nv_bfloat16* rounded, int first, int rows, int blocks_max, int nope, int values, int latent) {
   extern __shared__ __align__(16) float room[];
-  float* mean = room;
-  int head = blockIdx.y, heads = gridDim.y, t = blockIdx.z, blocks = (step.positions[first + t] >> 6) + 1;
-  size_t part = (size_t)t * blocks_max * heads + head;
-  float most = -INFINITY, total = 0;
-  for (int b = 0; b < blocks; b++) most = fmaxf(most, largest_and_total[(part + (size_t)b * heads) * 2]);
-  for (int i = threadIdx.x; i < latent; i += blockDim.x) {
-    float sum = 0;
-    total = 0;
-    for (int b = 0; b < blocks; b++) {
-      size_t at = part + (size_t)b * heads;
-      float w = expf(largest_and_total[at * 2] - most);
-      total = fmaf(w, largest_and_total[at * 2 + 1], total);
-      sum = fmaf(w, sums[at * latent + i], sum);
+  constexpr int TOGETHER = 256;
+  __shared__ float shares[TOGETHER], totals[TOGETHER], largest[WARPS];
+  int head = blockIdx.y, heads = gridDim.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, n = min(TOKENS, rows - (int)blockIdx.z * TOKENS);
+  for (int r = 0; r < TOKENS; r++) {
+    float* mean = room + r * latent;
+    if (r >= n) {
+      for (int i = threadIdx.x; i < latent; i += blockDim.x) mean[i] = 0;
+      continue;
     }
-    mean[i] = sum / total;
+    int t = blockIdx.z * TOKENS + r, blocks = (step.positions[first + t] >> 6) + 1;
+    size_t part = (size_t)t * blocks_max * heads + head;
+    float most = -INFINITY, total = 0;
+    for (int b = threadIdx.x; b < blocks; b += blockDim.x) most = fmaxf(most, largest_and_total[(part + (size_t)b * heads) * 2]);
+    for (int o = 16; o; o >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+    __syncthreads();
+    if (lane == 0) largest[warp] = most;
+    __syncthreads();
+    for (int w = 0; w < WARPS; w++) most = fmaxf(most, largest[w]);
+    for (int i = threadIdx.x; i < latent; i += blockDim.x) mean[i] = 0;
+    for (int from = 0; from < blocks; from += TOGETHER) {
+      int some = min(TOGETHER, blocks - from);
+      __syncthreads();
+      if (threadIdx.x < some) {
+        float2 v = ((const float2*)largest_and_total)[part + (size_t)(from + threadIdx.x) * heads];
+        shares[threadIdx.x] = expf(v.x - most);
+        totals[threadIdx.x] = v.y;
+      }
+      __syncthreads();
+      for (int b = 0; b < some; b++) total = fmaf(shares[b], totals[b], total);
+      const float* from_sums = sums + (part + (size_t)from * heads) * latent;
+      for (int i = threadIdx.x; i < latent; i += blockDim.x) {
+        float sum = mean[i];
+#pragma unroll 8
+        for (int b = 0; b < some; b++) sum = fmaf(shares[b], from_sums[(size_t)b * heads * latent + i], sum);
+        mean[i] = sum;
+      }
+    }
+    for (int i = threadIdx.x; i < latent; i += blockDim.x) mean[i] /= total;
   }
   __syncthreads();
-  int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   for (int j = 0; j < 4; j++) {
     int v = blockIdx.x * 32 + warp * 4 + j;
     if (v >= values) break;
     const __nv_bfloat162* w = (const __nv_bfloat162*)(kv_b + ((size_t)head * (nope + values) + nope + v) * latent);
-    float sum = 0;
+    float products[TOKENS] = {};
+#pragma unroll 4
     for (int i = lane; i < latent / 2; i += 32) {
       float2 a = __bfloat1622float2(w[i]);
-      sum = fmaf(a.x, mean[2 * i], sum);
-      sum = fmaf(a.y, mean[2 * i + 1], sum);
+#pragma unroll
+      for (int r = 0; r < TOKENS; r++) {
+        float2 m = ((const float2*)(room + r * latent))[i];
+        products[r] = fmaf(a.y, m.y, fmaf(a.x, m.x, products[r]));
+      }
     }
-    sum = warp_sum(sum);
-    size_t at = ((size_t)(first + t) * heads + head) * values + v;
-    if (lane == 0) {
-      out[at] = sum;
-      rounded[at] = __float2bfloat16_rn(sum);
+#pragma unroll
+    for (int r = 0; r < TOKENS; r++) {
+      float sum = warp_sum(products[r]);
+      size_t at = ((size_t)(first + blockIdx.z * TOKENS + r) * heads + head) * values + v;
+      if (lane == 0 && r < n) {
+        out[at] = sum;
+        rounded[at] = __float2bfloat16_rn(sum);
+      }
     }
   }
 }
+#define ATTEND_VALUES(name, TOKENS) \
+  extern "C" __global__ void __launch_bounds__(256) name(const __nv_bfloat16* kv_b, Step step, const float* sums, const float* largest_and_total, float* out, \
+                                                         __nv_bfloat16* rounded, int first, int rows, int blocks_max, int nope, int values, int latent) { \
+    begin(); \
+    combine<TOKENS>(kv_b, step, sums, largest_and_total, out, rounded, first, rows, blocks_max, nope, values, latent); \
+  }
+ATTEND_VALUES(attend_values_1, 1)
+ATTEND_VALUES(attend_values_8, 8)
 
 // Random weights for benchmarks: `format` codes of about normal values times `deviation`.
 extern "C" __global__ void fill_random(uint8_t* out, size_t n, int format, float deviation, uint32_t seed) {

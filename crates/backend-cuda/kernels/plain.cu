@@ -42,18 +42,45 @@ extern "C" __global__ void embed(const Matrix* table, const int* tokens, float* 
 #undef DECODE
 }
 
-// One block per row; in place when x is out. `rounded` is null or takes the row in BF16.
-extern "C" __global__ void rms_norm(const float* x, const float* weight, float eps, float* out, __nv_bfloat16* rounded, int cols) {
+// One block of 256 threads per row; in place when x is out. `rounded` is null or takes the row in BF16. A row of whole
+// fours that is not too long is read once.
+extern "C" __global__ void __launch_bounds__(256) rms_norm(const float* x, const float* weight, float eps, float* out, __nv_bfloat16* rounded, int cols) {
   begin();
   __shared__ float sums[32];
-  const float* row = x + (size_t)blockIdx.x * cols;
+  constexpr int KEPT = 4;
+  size_t at = (size_t)blockIdx.x * cols;
+  const float* row = x + at;
   float sum = 0;
+  if (cols % 4 == 0 && cols <= KEPT * 1024) {
+    float4 v[KEPT], w[KEPT];
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+      int i = threadIdx.x + j * 256;
+      bool inside = i < cols / 4;
+      v[j] = inside ? ((const float4*)row)[i] : make_float4(0, 0, 0, 0);
+      w[j] = inside ? ((const float4*)weight)[i] : make_float4(0, 0, 0, 0);
+      sum = fmaf(v[j].x, v[j].x, fmaf(v[j].y, v[j].y, fmaf(v[j].z, v[j].z, fmaf(v[j].w, v[j].w, sum))));
+    }
+    float scale = 1.0f / sqrtf(block_sum(sum, sums) / (float)cols + eps);
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+      int i = threadIdx.x + j * 256;
+      if (i >= cols / 4) break;
+      float4 y = make_float4(w[j].x * (v[j].x * scale), w[j].y * (v[j].y * scale), w[j].z * (v[j].z * scale), w[j].w * (v[j].w * scale));
+      ((float4*)(out + at))[i] = y;
+      if (rounded) {
+        __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(y.x, y.y), __floats2bfloat162_rn(y.z, y.w)};
+        ((uint2*)(rounded + at))[i] = *(const uint2*)pair;
+      }
+    }
+    return;
+  }
   for (int i = threadIdx.x; i < cols; i += blockDim.x) sum = fmaf(row[i], row[i], sum);
   float scale = 1.0f / sqrtf(block_sum(sum, sums) / (float)cols + eps);
   for (int i = threadIdx.x; i < cols; i += blockDim.x) {
     float y = weight[i] * (row[i] * scale);
-    out[(size_t)blockIdx.x * cols + i] = y;
-    if (rounded) rounded[(size_t)blockIdx.x * cols + i] = __float2bfloat16_rn(y);
+    out[at + i] = y;
+    if (rounded) rounded[at + i] = __float2bfloat16_rn(y);
   }
 }
 
@@ -285,7 +312,8 @@ struct Router {
 };
 
 // Scores, groups, choices; a warp per row. Shared memory: two floats and a byte per expert, a float and a byte per group.
-extern "C" __global__ void route(const float* logits, const float* bias, Router r, int* ids, float* weights, int* order) {
+// A single row is its own sorting by expert: `list` and `tiles`, if they are given, are those of `moe_group`.
+extern "C" __global__ void route(const float* logits, const float* bias, Router r, int* ids, float* weights, int* order, int* list, Tile* tiles) {
   begin();
   extern __shared__ __align__(16) float room[];
   float *scores = room, *choice = room + r.experts, *ranks = choice + r.experts;
@@ -351,6 +379,11 @@ extern "C" __global__ void route(const float* logits, const float* bias, Router 
     int place = 0;
     for (int i = 0; i < r.top_k; i++) place += chosen[i] < chosen[j];
     order[(size_t)t * r.top_k + place] = j;
+    if (list) {
+      if (j == 0) tiles[0].first = r.top_k;
+      list[j] = j;
+      tiles[1 + j] = {chosen[j], j, 1, 0};
+    }
   }
 }
 

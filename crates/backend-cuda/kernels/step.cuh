@@ -36,6 +36,11 @@ __device__ float block_sum(float v, float* room) {
 
 __device__ __forceinline__ float silu(float z) { return z / (1.0f + expf(-z)); }
 
+// Tokens that one expert serves at a time.
+struct Tile {
+  int expert, first, count, unused;
+};
+
 // Column k of a row, whatever the format.
 __device__ float any_value(const Matrix& m, const uint8_t* p, int row, int k) {
   float v = 0;

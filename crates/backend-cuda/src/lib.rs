@@ -34,8 +34,10 @@ use queue::{Queue, Shape, arguments};
 
 /// Most rows of a step: what the second dimension of a grid allows.
 const STEP_ROWS_MAX: usize = 65_535;
-/// Columns whose sum the tensor cores keep in one order: products take whole runs.
+/// Columns that the tensor cores take in one order.
 const RUN: usize = 128;
+/// What the columns of a product are a multiple of.
+const COLUMNS: usize = 64;
 /// Deviation of random vectors: norms and biases of benchmarks.
 const RANDOM_VECTOR: f32 = 0.1;
 /// Bytes that are copied to measure the memory's bandwidth.
@@ -61,7 +63,7 @@ pub enum Precision {
     #[default]
     Exact,
     /// Activations are rounded to BF16 for the tensor cores where weights are BF16 or FP8 and their columns a multiple
-    /// of 128; attention multiplies BF16 where the cache is BF16. The router and everything else stay exact.
+    /// of 64; attention multiplies BF16 where the cache is BF16. The router and everything else stay exact.
     Native,
 }
 
@@ -142,6 +144,11 @@ struct RoutingRows {
     weights: DevicePtr,
     /// The choices of a row by rising expert id.
     order: DevicePtr,
+    /// Of a single row: its choices by expert, as `moe_group` makes them for many.
+    list: DevicePtr,
+    tiles: DevicePtr,
+    /// Whether the router that wrote it last had a single row.
+    single: bool,
 }
 
 struct RopeTable {
@@ -161,6 +168,7 @@ struct LatentCache {
 struct StepArrays {
     rows_max: usize,
     blocks_max: usize,
+    /// Four arrays one after the other, so that one copy brings them.
     tokens: DevicePtr,
     positions: DevicePtr,
     tables: DevicePtr,
@@ -454,7 +462,7 @@ impl CudaBackend {
             DType::F8E4M3 => Product::Fp8,
             _ => return None,
         };
-        (self.options.precision == Precision::Native && m.cols().is_multiple_of(RUN)).then_some(product)
+        (self.options.precision == Precision::Native && m.cols().is_multiple_of(COLUMNS)).then_some(product)
     }
 
     fn admit(&mut self, m: &HostMatrix) -> Result<Matrix, Error> {
@@ -482,19 +490,16 @@ impl CudaBackend {
 
     /// Makes room for the arrays of a step.
     fn grow_arrays(&mut self, rows: usize, blocks: usize) -> Result<(), Error> {
-        let what = "step";
-        if rows > self.arrays.rows_max {
-            let rows_max = rows.next_power_of_two().max(64);
-            self.arrays.rows_max = rows_max;
-            for array in [&mut self.arrays.tokens, &mut self.arrays.positions, &mut self.arrays.tables] {
-                *array = self.pool.take(what, rows_max * 4)?;
-            }
+        let now = &self.arrays;
+        if rows <= now.rows_max && blocks <= now.blocks_max {
+            return Ok(());
         }
-        if blocks > self.arrays.blocks_max {
-            let blocks_max = blocks.next_power_of_two().max(256);
-            self.arrays.blocks = self.pool.take(what, blocks_max * 4)?;
-            self.arrays.blocks_max = blocks_max;
-        }
+        let rows_max = rows.next_power_of_two().max(now.rows_max).max(64);
+        let blocks_max = blocks.next_power_of_two().max(now.blocks_max).max(256);
+        let tokens = self.pool.take("step", 4 * (3 * rows_max + blocks_max))?;
+        let part = |n: usize| tokens + (4 * n * rows_max) as u64;
+        let (positions, tables, blocks) = (part(1), part(2), part(3));
+        self.arrays = StepArrays { rows_max, blocks_max, tokens, positions, tables, blocks };
         Ok(())
     }
 }
@@ -619,7 +624,10 @@ impl Backend for CudaBackend {
         self.device.enter()?;
         let mut array = || self.zeroed("routing", &[rows_max, top_k, 4]);
         let (ids, weights, order) = (array()?, array()?, array()?);
-        let routing = RoutingRows { rows_max, top_k, experts: 1, ids, weights, order };
+        let list = self.zeroed("routing", &[top_k, 4])?;
+        let tiles = self.zeroed("routing", &[top_k + 1, ops::TILE_BYTES])?;
+        let routing =
+            RoutingRows { rows_max, top_k, experts: 1, ids, weights, order, list, tiles, single: false };
         Ok(Routing(push(&mut self.routings, routing)))
     }
 
@@ -641,13 +649,17 @@ impl Backend for CudaBackend {
         self.queue.flush()?;
         self.gathering = false;
         self.grow_arrays(input.tokens.len(), input.blocks.len())?;
-        let rows = || input.segments.iter().flat_map(|s| (0..s.rows).map(move |r| (s, r)));
-        let positions = bytes_of_words(rows().map(|(s, r)| (s.start + r) as u32));
-        let tables = bytes_of_words(rows().map(|(s, _)| s.first_block as u32));
-        self.queue.upload(self.arrays.tokens, &bytes_of_words(input.tokens.iter().copied()))?;
-        self.queue.upload(self.arrays.positions, &positions)?;
-        self.queue.upload(self.arrays.tables, &tables)?;
-        self.queue.upload(self.arrays.blocks, &bytes_of_words(input.blocks.iter().copied()))?;
+        let rows_max = self.arrays.rows_max;
+        let mut words = vec![0; 3 * rows_max];
+        words[..input.tokens.len()].copy_from_slice(&input.tokens);
+        for s in &input.segments {
+            for r in 0..s.rows {
+                words[rows_max + s.row + r] = (s.start + r) as u32;
+                words[2 * rows_max + s.row + r] = s.first_block as u32;
+            }
+        }
+        words.extend(&input.blocks);
+        self.queue.upload(self.arrays.tokens, &bytes_of_words(words.into_iter()))?;
         self.step.clone_from(input);
         Ok(())
     }

@@ -5,3 +5,5 @@ mod mla;
 mod moe;
 mod norm;
 mod rope;
+
+pub(crate) use moe::TILE_BYTES;

@@ -27,6 +27,8 @@ const SUMS_BYTES_MAX: usize = 256 << 20;
 /// Heads that a block of the tensor cores takes together, and values that one makes.
 const HEADS: usize = 16;
 const VALUES: usize = 32;
+/// From so many rows on, `attend_values` has blocks enough to give each eight rows, which share the weights.
+const VALUES_ROWS_MIN: usize = 64;
 /// What every GPU that is supported gives a block.
 const SHARED_BYTES_MAX: usize = 99 << 10;
 
@@ -178,10 +180,13 @@ impl CudaBackend {
             let arguments =
                 arguments![queries, step, layer, first, latent, rope, row_bytes, softmax_scale, sums, totals];
             self.queue.push(Kernel::AttendBlock, grid, arguments);
-            let grid = Shape::new([value.div_ceil(VALUES), heads, n], THREADS).shared(latent * 4);
+            let few = n < VALUES_ROWS_MIN;
+            let (kernel, tokens) = if few { (Kernel::AttendValues1, 1) } else { (Kernel::AttendValues8, 8) };
+            let grid = Shape::new([value.div_ceil(VALUES), heads, n.div_ceil(tokens)], THREADS);
+            let grid = grid.shared(4 * tokens * latent);
             let arguments =
-                arguments![kv_b, step, sums, totals, to, rounded, first, blocks, nope, value, latent];
-            self.queue.push(Kernel::AttendValues, grid, arguments);
+                arguments![kv_b, step, sums, totals, to, rounded, first, n, blocks, nope, value, latent];
+            self.queue.push(kernel, grid, arguments);
         }
         self.buffers[out.0 as usize].rounded_rows = rows;
         Ok(())
@@ -195,7 +200,7 @@ fn takes_tensor_cores(shape: &MlaShape, format: CacheFormat) -> bool {
         && shape.latent.is_multiple_of(RUN)
         && shape.rope.is_multiple_of(16)
         && attend_bytes(shape.latent + shape.rope) <= SHARED_BYTES_MAX
-        && 4 * 8 * (shape.nope + 4 * RUN) <= SHARED_BYTES_MAX
+        && 4 * 8 * (shape.nope + 4 * RUN).max(shape.latent) <= SHARED_BYTES_MAX / 2
 }
 
 /// Shared memory of `attend_block`: 64 cached rows and 16 queries in BF16, weights and scores.

@@ -25,7 +25,7 @@ const GATE_THREADS: u32 = 128;
 /// Tokens of a tile: few for each expert, or many.
 const TOKENS: [usize; 2] = [8, 32];
 /// Bytes of a `Tile` of the kernels.
-const TILE_BYTES: usize = 16;
+pub(crate) const TILE_BYTES: usize = 16;
 
 /// The three matrices of an MLP.
 struct MlpMatrices {
@@ -55,6 +55,8 @@ struct Routed {
     /// Choices by expert, and the tiles that they are cut into.
     list: u64,
     tiles: u64,
+    /// The router made both already.
+    grouped: bool,
     tile_tokens: usize,
     tiles_max: usize,
 }
@@ -138,7 +140,9 @@ impl CudaBackend {
         let shared = 9 * shape.experts + 5 * shape.groups;
         at_most(op, "bytes of scores", ROUTER_BYTES_MAX, shared)?;
         let (ids, weights, order) = (routing.ids, routing.weights, routing.order);
-        self.routings[out.0 as usize].experts = shape.experts;
+        let (list, tiles) = (routing.list, routing.tiles);
+        let routing = &mut self.routings[out.0 as usize];
+        (routing.experts, routing.single) = (shape.experts, rows == 1);
         let logits =
             Self::grow(&mut self.pool, &mut self.logits, "router logits", &[rows, shape.experts, 4])?;
         if matches!(m.dtype, DType::F32 | DType::BF16) && m.cols.is_multiple_of(4) {
@@ -148,7 +152,8 @@ impl CudaBackend {
             self.multiply(m, x.at, logits, rows, false);
         }
         let grid = Shape::new([rows, 1, 1], 32).shared(shared);
-        let arguments = arguments![logits, bias, router_argument(shape), ids, weights, order];
+        let (list, tiles) = if rows == 1 { (list, tiles) } else { (0, 0) };
+        let arguments = arguments![logits, bias, router_argument(shape), ids, weights, order, list, tiles];
         self.queue.push(Kernel::Route, grid, arguments);
         Ok(())
     }
@@ -176,6 +181,7 @@ impl CudaBackend {
         at_most(op, "expert id", set.sizes.len(), routed.experts)?;
         let (records, inner_max, top_k) = (set.records, set.inner_max, routed.top_k);
         let (ids, weights, order) = (routed.ids, routed.weights, routed.order);
+        let (list, tiles, grouped) = (routed.list, routed.tiles, routed.single && rows == 1);
         let (product, experts) = (set.product, set.sizes.len());
         let shared = shared.map(|m| self.mlp_matrices(op, m)).transpose()?;
         if let Some(m) = &shared {
@@ -183,8 +189,19 @@ impl CudaBackend {
         }
         let alike = product.filter(|p| shared.as_ref().is_none_or(|m| m.product() == Some(*p)));
         if let Some(product) = alike.filter(|_| experts <= GROUP_THREADS_MAX) {
-            let mut routed =
-                Routed { records, ids, weights, order, top_k, inner_max, experts, ..Routed::default() };
+            let mut routed = Routed {
+                records,
+                ids,
+                weights,
+                order,
+                top_k,
+                inner_max,
+                experts,
+                list,
+                tiles,
+                grouped,
+                ..Routed::default()
+            };
             let x = self.rounded(op, rows_of_x, rows)?;
             return self.moe_rounded(product, rows, width, &mut routed, shared.as_ref(), x, out.at);
         }
@@ -233,18 +250,22 @@ impl CudaBackend {
         r.tiles_max = choices.min(r.experts + choices / r.tile_tokens);
         let room =
             |pool: &mut Pool, room: &mut Room, sizes: &[usize]| Self::grow(pool, room, "experts", sizes);
-        r.list = room(&mut self.pool, &mut self.grouped, &[choices.max(64), 4])?;
-        r.tiles = room(&mut self.pool, &mut self.tiles, &[(r.tiles_max + 1).max(64), TILE_BYTES])?;
+        if !r.grouped {
+            r.list = room(&mut self.pool, &mut self.grouped, &[choices.max(64), 4])?;
+            r.tiles = room(&mut self.pool, &mut self.tiles, &[(r.tiles_max + 1).max(64), TILE_BYTES])?;
+        }
         let inner = room(&mut self.pool, &mut self.inner, &[choices, r.inner_max, 2])?;
         let outer = room(&mut self.pool, &mut self.outer, &[choices + rows, width, 4])?;
         let mut with_inner = None;
         if let Some(m) = shared {
             with_inner = Some((m, room(&mut self.pool, &mut self.shared_inner, &[rows, m.gate.rows, 2])?));
         }
-        let threads = r.experts.next_multiple_of(32);
-        let one = Shape::new([1, 1, 1], threads as u32).shared(8 * threads);
-        let arguments = arguments![r.ids, choices, r.experts, r.tile_tokens, r.list, r.tiles];
-        self.queue.push(Kernel::MoeGroup, one, arguments);
+        if !r.grouped {
+            let threads = r.experts.next_multiple_of(32);
+            let one = Shape::new([1, 1, 1], threads as u32).shared(8 * threads);
+            let arguments = arguments![r.ids, choices, r.experts, r.tile_tokens, r.list, r.tiles];
+            self.queue.push(Kernel::MoeGroup, one, arguments);
+        }
         self.experts_inner(product, rows, r, x, inner, with_inner);
         let (down, shared_inner) = with_inner.map_or((0, 0), |(m, inner)| (m.down.record, inner));
         let kernel = match (product, r.tile_tokens) {
