@@ -1,8 +1,9 @@
 //! Activations as packed weights take them: rounded once per use, then laid side by side for the tiles of a product.
 //!
 //! A rounded row is a list of words of four bytes: pairs of BF16, or per run of 128 columns a scale, minus the sums of
-//! each 32 and of each 16 columns, those of 32 once more as bytes, and the columns as signed bytes. The rows of a tile alternate word by word, so that
-//! a kernel walks one stream however many tokens it has; a tile of one token is the row itself.
+//! each 32 and of each 16 columns, those of 32 once more as bytes, and the columns as signed bytes. The rows of a tile
+//! alternate word by word, so that a kernel walks one stream however many tokens it has; a tile of one token is the row
+//! itself.
 
 use std::ops::Range;
 

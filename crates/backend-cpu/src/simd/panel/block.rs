@@ -150,8 +150,8 @@ impl<P: Panel> Block<P> for Q4K {
     }
 }
 
-/// Q4_K and Q5_K: the minima of blocks `first..first + 4` out of three words: scales 0..4, minima 0..4, low bits of both
-/// 4..8; the high bits of those lie above the first ones.
+/// Q4_K and Q5_K: the minima of blocks `first..first + 4` out of three words: scales 0..4, minima 0..4, low bits of
+/// both 4..8; the high bits of those lie above the first ones.
 ///
 /// # Safety
 /// 192 bytes at `at`; the features of `P`.
