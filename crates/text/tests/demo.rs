@@ -151,7 +151,7 @@ fn templates_have_what_hugging_face_gives_them() {
         ("{{ 'n' ~ 1 ~ none ~ [1, 'x'] }}{{ [1, {'a': 'b'}] }}", "n1None[1, 'x'][1, {'a': 'b'}]"),
         ("{{ {'b': 1, 'a': 2} | dictsort | first | last }}{{ 'a b' | upper | title }}", "2A B"),
         (
-            "{% set ns = namespace(m=[]) %}{% for m in messages %}{% set ns.m = ns.m + [m] %}{% endfor %}{{ ns.m | length }}",
+            "{% set n = namespace(m=[]) %}{% for m in messages %}{% set n.m = n.m + [m] %}{% endfor %}{{ n.m|length }}",
             "1",
         ),
         (
