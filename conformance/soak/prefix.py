@@ -1,6 +1,9 @@
 """A beginning of 1,000 tokens that 32 requests share is computed once, and the last of them waits for a tenth.
 
-Standard library only. Usage: prefix.py BASE_URL
+What the cache cannot hold are the tokens behind the last whole block, up to 63 of them: they are computed each time, so
+the length decides how long the last one waits.
+
+Standard library only. Usage: prefix.py BASE_URL [TOKENS]
 """
 
 import http.client
@@ -10,7 +13,7 @@ import time
 import urllib.parse
 
 REQUESTS = 32
-TOKENS = 1000
+TOKENS = 1000  # of the system prompt, or a few more
 BLOCK_TOKENS = 64
 RATIO_MAX = 0.1
 
@@ -47,9 +50,10 @@ def tokens(url, text):
 
 def main():
     url = urllib.parse.urlsplit(sys.argv[1])
+    wanted = int(sys.argv[2]) if len(sys.argv) > 2 else TOKENS
     rules = [f"Rule {i}: be kind to guest number {i * 37}." for i in range(400)]
     system = rules[0]
-    while tokens(url, system) < TOKENS:
+    while tokens(url, system) < wanted:
         system += " " + rules[system.count(".")]
     # What is made at the first request of all is not what is measured.
     ask(url, "Hello.", "Hi!")
@@ -62,7 +66,7 @@ def main():
     held = {
         "the first found nothing": first[2] == 0,
         "each later one found every whole block": all(
-            cached >= (TOKENS // BLOCK_TOKENS) * BLOCK_TOKENS for _, _, cached in answers[1:]),
+            cached >= (wanted // BLOCK_TOKENS) * BLOCK_TOKENS for _, _, cached in answers[1:]),
         f"the last waited {last[0] / first[0]:.3f} of the first's time, at most {RATIO_MAX}":
             last[0] <= RATIO_MAX * first[0],
     }
