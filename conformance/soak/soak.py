@@ -1,4 +1,5 @@
 """64 streams for a minute with random disconnects: nothing is lost, nothing leaks, nobody reads another's text.
+Meanwhile heads that never end and readers that never read are cut.
 
 Standard library only. Usage: soak.py BASE_URL [SECONDS] [STREAMS]
 """
@@ -8,6 +9,7 @@ import http.client
 import json
 import multiprocessing
 import random
+import socket
 import sys
 import time
 import urllib.parse
@@ -15,6 +17,11 @@ import urllib.parse
 HEALTH_P99_MAX = 0.050
 HEALTH_INTERVAL = 0.020
 TOKENS_MAX = 60
+SLOW_PEERS = 4
+# The server's bounds (limits.rs) and a little.
+HEADER_SECONDS_MAX = 15 + 3
+WRITE_SECONDS_MAX = 30 + 8
+PAGES = 2000
 ABOUT = ["a cat", "a dog", "two frogs", "the sea", "a king", "an old tree", "snow", "a bear", "a boat", "the moon",
          "a girl", "a big fish", "a red ball", "a little bird", "the rain", "a toy car"]
 
@@ -100,6 +107,44 @@ async def client(seed, host, port, counts, expected, until):
             counts.wrong.append(repr(e))
 
 
+async def half_head(host, port):
+    """Seconds until the server cuts one that never finishes its head."""
+    reader, writer = await asyncio.open_connection(host, port)
+    began = time.monotonic()
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Half: ")
+    try:
+        await asyncio.wait_for(reader.read(-1), 4 * HEADER_SECONDS_MAX)
+    except ConnectionError:
+        pass
+    finally:
+        writer.transport.abort()
+    return time.monotonic() - began
+
+
+def unread(host, port):
+    """How many of its answers one gets that reads nothing while it could be waited for, and whether it was cut."""
+    peer = socket.socket()
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    peer.settimeout(2)
+    peer.connect((host, port))
+    try:
+        peer.sendall(b"GET /web/app.js HTTP/1.1\r\nHost: x\r\n\r\n" * PAGES)
+    except OSError:
+        pass  # The server takes no more from it.
+    time.sleep(WRITE_SECONDS_MAX)
+    got = 0
+    try:
+        while data := peer.recv(1 << 16):
+            got += data.count(b"HTTP/1.1 200")
+    except TimeoutError:
+        return got, False
+    except ConnectionError:
+        pass
+    finally:
+        peer.close()
+    return got, got < PAGES
+
+
 def watch_health(host, port, stop, out):
     """Asks for the health from a process of its own, so that no stream of ours delays it."""
     took, bad = [], 0
@@ -136,8 +181,10 @@ async def load(host, port, seconds, streams):
     expected = {about: await stream(host, port, about, alone, None, None) for about in ABOUT}
     counts = Counts()
     until = time.monotonic() + seconds
+    heads = [asyncio.ensure_future(half_head(host, port)) for _ in range(SLOW_PEERS)]
+    readers = [asyncio.ensure_future(asyncio.to_thread(unread, host, port)) for _ in range(SLOW_PEERS)]
     await asyncio.gather(*(client(seed, host, port, counts, expected, until) for seed in range(streams)))
-    return counts, alone
+    return counts, alone, await asyncio.gather(*heads), await asyncio.gather(*readers)
 
 
 def main():
@@ -147,7 +194,7 @@ def main():
     stop, out = multiprocessing.Event(), multiprocessing.Queue()
     watcher = multiprocessing.Process(target=watch_health, args=(url.hostname, url.port, stop, out))
     watcher.start()
-    counts, alone = asyncio.run(load(url.hostname, url.port, seconds, streams))
+    counts, alone, heads, readers = asyncio.run(load(url.hostname, url.port, seconds, streams))
     stop.set()
     took, bad = out.get()
     watcher.join()
@@ -165,6 +212,9 @@ def main():
          f"{len(took)} asked, {bad} not 200"),
         ("accepted by the engine", int(accepted), ", ".join(f"{int(n)} {how}" for how, n in ended.items())),
         ("blocks used at rest", int(books["oxseek_cache_blocks_used"]), ""),
+        ("half heads cut after", f"{max(heads):.1f} s", f"{len(heads)} of them"),
+        ("slow readers cut", sum(cut for _, cut in readers),
+         f"of {len(readers)}; the most that one got is {max(got for got, _ in readers)} of {PAGES} pages"),
         ("panics", int(books["oxseek_panics_total"]), ""),
         ("wrong", len(counts.wrong) + len(alone.wrong), "; ".join(counts.wrong[:3])),
     ]
@@ -174,6 +224,8 @@ def main():
         "every request has one end": accepted == sum(ended.values()),
         "nothing failed": ended["failed"] == 0 and books["oxseek_panics_total"] == 0,
         "blocks used are 0": books["oxseek_cache_blocks_used"] == 0,
+        "half heads are cut": max(heads) <= HEADER_SECONDS_MAX,
+        "slow readers are cut": all(cut for _, cut in readers),
         "nothing wrong": not counts.wrong and not alone.wrong,
         "what we finished the engine finished": ended["finished"] >= counts.finished + alone.finished,
         f"health p99 under {HEALTH_P99_MAX * 1e3:.0f} ms": p99 < HEALTH_P99_MAX and bad == 0,

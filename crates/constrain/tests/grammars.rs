@@ -339,17 +339,29 @@ pub fn hostile() -> Vec<(&'static str, AnswerRule)> {
     ]
 }
 
+/// Memory of this process in KiB, as Linux counts it: `VmRSS:`, or `VmHWM:` for the most that it was.
+fn memory_kib(line: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let found = status.lines().find_map(|l| l.strip_prefix(line)).unwrap_or("0 kB");
+    found.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// To see each one's time and memory (reliability.md, R10):
+/// `cargo test --release -p oxseek-constrain --test grammars hostile -- --nocapture`.
 #[test]
 fn hostile_grammars_are_refused_or_followed() {
     let tokenizer = tokenizer();
     let grammars = Grammars::new(&tokenizer, END).unwrap();
     let table = hostile();
     assert!(table.len() >= 40);
-    let mut wrong = Vec::new();
+    let (mut wrong, mut slowest, mut largest) = (Vec::new(), (0.0, ""), (0, ""));
     for (name, rule) in table {
-        let began = std::time::Instant::now();
+        // The most memory begins to count anew.
+        let _ = std::fs::write("/proc/self/clear_refs", "5");
+        let (began, before) = (std::time::Instant::now(), memory_kib("VmRSS:"));
         let outcome = grammars.compile(Some(&rule), None);
-        println!("{:>6.1} ms  {name}: {:?}", began.elapsed().as_secs_f64() * 1e3, outcome.as_ref().err());
+        let took = began.elapsed().as_secs_f64() * 1e3;
+        let refusal = outcome.as_ref().err().map(ToString::to_string);
         match outcome {
             Ok(_) if name.starts_with('!') => wrong.push(name),
             Ok(compiled) => {
@@ -367,6 +379,16 @@ fn hostile_grammars_are_refused_or_followed() {
             }
             Err(e) => assert!(!matches!(e, Error::Tokenizer(_)), "{name}: {e}"),
         }
+        let grown = memory_kib("VmHWM:").saturating_sub(before);
+        println!("{took:>6.1} ms {grown:>6} KiB  {name}: {}", refusal.as_deref().unwrap_or("followed"));
+        if took > slowest.0 {
+            slowest = (took, name);
+        }
+        if grown > largest.0 {
+            largest = (grown, name);
+        }
     }
+    println!("slowest: {:.1} ms, {}; most memory: {} KiB, {}", slowest.0, slowest.1, largest.0, largest.1);
     assert!(wrong.is_empty(), "not refused: {wrong:?}");
+    assert!(largest.0 <= 64 << 10, "{largest:?}");
 }

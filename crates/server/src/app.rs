@@ -21,7 +21,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
-    time::{sleep, timeout},
+    time::{interval, sleep, timeout},
 };
 
 use crate::{
@@ -61,6 +61,8 @@ pub async fn serve(
     let closing = watch::Sender::new(false);
     let mut shutdown = pin!(shutdown);
     let mut deadline: Option<Instant> = None;
+    // Not a sleep of each round: new connections would begin it anew for ever.
+    let mut look = interval(DRAIN_POLL);
     loop {
         tokio::select! {
             accepted = accept(&listener, &places) => {
@@ -82,7 +84,7 @@ pub async fn serve(
                 deadline = Some(Instant::now() + state.options().drain_max);
             }
             // Health checks and refusals are answered while running answers end.
-            () = sleep(DRAIN_POLL), if deadline.is_some() => {
+            _ = look.tick(), if deadline.is_some() => {
                 if state.is_idle() || deadline.is_some_and(|d| Instant::now() >= d) {
                     break;
                 }

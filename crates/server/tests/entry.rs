@@ -20,6 +20,9 @@ const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
 const ALICE: &str = "oxk_canary_alice_5f1d2c";
 const ADMIN: &str = "oxk_canary_admin_77ab01";
+/// Those that read a prompt besides chat.
+const DOORS: [&str; 6] =
+    [TEXT, "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/tokenize", "/detokenize"];
 /// In a prompt; no answer, log or metric may hold it.
 const SECRET: &str = "zanzibar-4711";
 
@@ -205,6 +208,9 @@ fn a_quota_is_exact_to_the_token_under_32_streams() {
     wait_until("the last request", || engine.stats().requests_open == 0);
     let paid = *paid.lock().unwrap();
     assert!(paid <= used() && used() <= QUOTA, "{paid} paid, {} used", used());
+    // Nobody pays for more than the engine counted; it counts prompts of those, too, that left before their turn.
+    let computed = engine.stats().prompt_tokens + engine.stats().generated_tokens;
+    assert!(used() <= computed, "{} used of {computed}", used());
     if *quit.lock().unwrap() == 0 {
         assert_eq!(paid, used());
     }
@@ -277,9 +283,18 @@ fn no_key_and_no_prompt_ever_shows() {
             let answer = server.get_with(&path, &key);
             write!(seen, "{answer:?}").unwrap();
         }
+        // Each door has its own way to say what is wrong.
+        let wrong = json!({"input": {SECRET: 1}, "messages": SECRET, "prompt": {SECRET: 1}, "model": 7});
+        for path in DOORS {
+            let answer = server.post_with(path, &key, wrong.to_string().as_bytes());
+            assert!((400..500).contains(&answer.status), "{path}: {answer:?}");
+            write!(seen, "{answer:?}").unwrap();
+        }
         seen += &server.get_with("/metrics", &bearer(ADMIN)).body;
         wait_until("the end", || engine.stats().requests_open == 0);
-        wait_until("the log", || lines.text().lines().count() >= 14 + engine.stats().finished as usize);
+        wait_until("the log", || {
+            lines.text().lines().count() >= 14 + DOORS.len() + engine.stats().finished as usize
+        });
         let log = lines.text();
         for (what, text) in [("answers", &seen), ("log", &log)] {
             for secret in [ALICE, ADMIN, SECRET] {

@@ -11,7 +11,9 @@ const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
 
 /// Fields added to a good chat request, and the field that the error must name.
-const CHAT_FIELDS: [(&str, &str); 92] = [
+const CHAT_FIELDS: [(&str, &str); 93] = [
+    // Templates are the model's.
+    (r#""chat_template": "{{ 1 }}""#, "chat_template"),
     (r#""temperature": "hot""#, "temperature"),
     (r#""temperature": -0.1"#, "temperature"),
     (r#""temperature": 1e39"#, "temperature"),

@@ -17,7 +17,7 @@ pub use error::Error;
 pub use messages::{guard_messages, guard_value};
 pub use reasoning::{Part, ReasoningSplit};
 pub use stop::{StopOutcome, StopStrings};
-pub use template::{ChatTemplate, OUTPUT_BYTES_MAX, SOURCE_BYTES_MAX};
+pub use template::{ChatTemplate, SOURCE_BYTES_MAX};
 pub use tokenizer::{ControlTokens, Tokenizer};
 pub use turn::{CallStyle, Turn, TurnFormat, TurnPart, TurnStart};
 pub use vocabulary::Vocabulary;

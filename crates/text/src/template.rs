@@ -1,29 +1,36 @@
 //! Chat templates: Jinja as Hugging Face models ship it, in bounded time and size.
 
+mod guards;
+mod program;
+
 use std::{
     fmt,
     io::{self, Write},
 };
 
 use minijinja::{
-    Environment, ErrorKind, UndefinedBehavior, Value,
+    AutoEscape, Environment, ErrorKind, State, UndefinedBehavior, Value, machinery,
     syntax::SyntaxConfig,
     value::{Kwargs, Rest, Serde},
 };
 use serde::Serialize;
 use serde_json::{Map, ser::Formatter};
 
+use self::guards::Paid;
 use crate::Error;
 
 /// Largest template that is compiled.
-pub const SOURCE_BYTES_MAX: usize = 1 << 20;
-/// Largest prompt text that a template may write.
-pub const OUTPUT_BYTES_MAX: usize = 64 << 20;
-/// Instructions that one rendering may take.
-const FUEL_MAX: u64 = 20_000_000;
+pub const SOURCE_BYTES_MAX: usize = 256 << 10;
+/// Instructions that one rendering may take. Each 64 bytes that it makes count as one, what it writes included, so that
+/// this bounds memory, too: 26 MB, twice while a text is copied into its place.
+const FUEL_MAX: u64 = 400_000;
 const RECURSION_MAX: usize = 100;
 /// Longest `range()`.
 const RANGE_MAX: i128 = 100_000;
+/// Longest message of `raise_exception`.
+const MESSAGE_BYTES_MAX: usize = 4096;
+/// Longest pattern of `strftime_now`.
+const PATTERN_BYTES_MAX: usize = 256;
 /// Marks errors of `raise_exception` among those of the engine.
 const RAISED: &str = "raised: ";
 
@@ -48,11 +55,8 @@ impl ChatTemplate {
         if source.len() > SOURCE_BYTES_MAX {
             return Err(Error::Limit("source bytes"));
         }
-        let mut environment = environment()?;
-        environment
-            .add_template_owned("chat", source.to_string())
-            .map_err(|e| Error::Template(e.to_string()))?;
-        Ok(Self { environment, source: source.to_string() })
+        program::compile(source, syntax()?).map_err(|e| Error::Template(e.to_string()))?;
+        Ok(Self { environment: environment(), source: source.to_string() })
     }
 
     /// The template of a checkpoint: `chat_template.jinja`, or `chat_template` in `tokenizer_config.json` (of several
@@ -106,33 +110,40 @@ impl ChatTemplate {
         context.insert("add_generation_prompt".into(), add_generation_prompt.into());
         context.insert("bos_token".into(), bos.into());
         context.insert("eos_token".into(), eos.into());
-        let template = self.environment.get_template("chat").map_err(|e| Error::Template(e.to_string()))?;
-        let mut out = Bounded(Vec::new());
-        match template.render_captured_to(Value::from(Serde(&context)), &mut out) {
-            Ok(_) => String::from_utf8(out.0).map_err(|e| Error::Template(e.to_string())),
-            Err(e) => Err(render_error(&e)),
-        }
+        // Instructions borrow their source. To compile them again takes less than the messages do.
+        let (instructions, blocks) =
+            program::compile(&self.source, syntax()?).map_err(|e| render_error(&e))?;
+        let mut text = String::new();
+        let mut out = machinery::make_string_output(&mut text);
+        let root = Value::from(Serde(&context));
+        machinery::eval(&self.environment, &instructions, root, &blocks, &mut out, AutoEscape::None)
+            .map_err(|e| render_error(&e))?;
+        Ok(text)
     }
 }
 
-fn environment() -> Result<Environment<'static>, Error> {
-    let mut e = Environment::new();
+fn syntax() -> Result<SyntaxConfig, Error> {
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-    e.set_syntax(syntax.map_err(|e| Error::Template(e.to_string()))?);
+    syntax.map_err(|e| Error::Template(e.to_string()))
+}
+
+fn environment() -> Environment<'static> {
+    let mut e = Environment::new();
     e.set_undefined_behavior(UndefinedBehavior::Lenient);
     e.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     e.set_fuel(Some(FUEL_MAX));
     e.set_recursion_limit(RECURSION_MAX);
-    e.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    guards::install(&mut e);
     // In messages an absent field and null are the same thing.
     e.add_test("none", |v: &Value| v.is_none() || v.is_undefined());
     e.add_filter("tojson", to_json);
-    e.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
+    e.add_function("raise_exception", |message: &str| -> Result<Value, minijinja::Error> {
+        let message: String = message.chars().take(MESSAGE_BYTES_MAX).collect();
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
     });
     e.add_function("strftime_now", strftime_now);
     e.add_function("range", range);
-    Ok(e)
+    e
 }
 
 fn render_error(e: &minijinja::Error) -> Error {
@@ -142,29 +153,9 @@ fn render_error(e: &minijinja::Error) -> Error {
     if let Some(message) = e.detail().and_then(|d| d.strip_prefix(RAISED)) {
         return Error::Refused(message.to_string());
     }
-    if e.kind() == ErrorKind::WriteFailure {
-        return Error::Limit("output bytes");
-    }
     // Only the kind and the line: the detail may quote a message's content.
     let line = e.line().map_or(String::new(), |l| format!(" (line {l})"));
     Error::Template(format!("{}{line}", e.kind()))
-}
-
-/// Output that refuses to grow past its limit.
-struct Bounded(Vec<u8>);
-
-impl Write for Bounded {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.0.len() + bytes.len() > OUTPUT_BYTES_MAX {
-            return Err(io::Error::other("output too long"));
-        }
-        self.0.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 /// Python's `range`, with a bound on its length.
@@ -194,26 +185,30 @@ fn range(arguments: Rest<i64>) -> Result<Vec<i64>, minijinja::Error> {
 
 /// Hugging Face's `tojson`: `json.dumps(x, ensure_ascii=False)`, with an optional indent.
 #[allow(clippy::needless_pass_by_value, reason = "the engine's signature")]
-fn to_json(value: &Value, options: Kwargs) -> Result<Value, minijinja::Error> {
-    let failed = |e: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());
+fn to_json(state: &State, value: &Value, options: Kwargs) -> Result<Value, minijinja::Error> {
+    let failed = |e: serde_json::Error| {
+        if e.is_io() {
+            return guards::out_of_fuel();
+        }
+        minijinja::Error::new(ErrorKind::BadSerialization, e.to_string())
+    };
     let indent: Option<usize> = options.get("indent")?;
     // Templates pass these two at their Hugging Face defaults.
     let (_ascii, _separators): (Option<bool>, Option<Value>) =
         (options.get("ensure_ascii")?, options.get("separators")?);
     options.assert_all_used()?;
-    let json = serde_json::to_value(value).map_err(failed)?;
-    let mut out = Vec::new();
+    let mut out = Paid::new(state);
     match indent {
         Some(n) => {
             let indent = " ".repeat(n.min(16));
             let pretty = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
-            json.serialize(&mut serde_json::Serializer::with_formatter(&mut out, pretty)).map_err(failed)?;
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, pretty)).map_err(failed)?;
         }
         None => {
-            json.serialize(&mut serde_json::Serializer::with_formatter(&mut out, Spaced)).map_err(failed)?;
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, Spaced)).map_err(failed)?;
         }
     }
-    Ok(Value::from(String::from_utf8_lossy(&out).into_owned()))
+    out.into_value()
 }
 
 /// Python's separators: `", "` and `": "`.
@@ -233,6 +228,12 @@ impl Formatter for Spaced {
 
 /// The date in UTC by a `strftime` pattern; the directives that templates use.
 fn strftime_now(pattern: &str) -> Result<String, minijinja::Error> {
+    if pattern.len() > PATTERN_BYTES_MAX {
+        return Err(minijinja::Error::new(
+            ErrorKind::InvalidOperation,
+            "strftime_now: the pattern is too long",
+        ));
+    }
     let now = time::OffsetDateTime::now_utc();
     let mut out = String::new();
     let mut chars = pattern.chars();

@@ -119,59 +119,6 @@ fn long_runs_of_one_character_are_tokenised_in_time() {
 }
 
 #[test]
-fn hostile_templates_end_in_time() {
-    let cases = [
-        ("{% for i in range(1000000000) %}x{% endfor %}", "template"),
-        ("{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}", "limit"),
-        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "template"),
-        ("{% include 'chat' %}", "template"),
-        ("{% include '/etc/passwd' %}", "template"),
-        ("{% import 'x' as y %}", "template"),
-        ("{{ raise_exception('only users may speak') }}", "only users may speak"),
-        ("{{ ''.__class__.__mro__ }}", "template"),
-        ("{{ messages[0]['content']['a']['b'] }}", "template"),
-        ("{{ 1 / 0 }}", "template"),
-        ("{{ strftime_now('%Q') }}", "template"),
-        ("{{ unknown_function() }}", "template"),
-        ("{% for m in messages %}", "template"),
-        ("{{ messages | tojson(indent='x') }}", "template"),
-        (
-            "{% set s = namespace(x='ab') %}{% for i in range(60) %}{% set s.x = s.x + s.x %}{% endfor %}",
-            "limit",
-        ),
-        (
-            "{% set s = namespace(x='ab') %}{% for i in range(60) %}{% set s.x = s.x ~ s.x %}{% endfor %}",
-            "limit",
-        ),
-        ("{{ 'x' * 1000000000 }}", "template"),
-        ("{{ [1, 2] | groupby('a') | tojson(x=1) }}", "template"),
-        (
-            "{% for i in range(100000) %}{% for j in range(100000) %}{% if i > j %}{% endif %}{% endfor %}{% endfor %}",
-            "limit",
-        ),
-        ("{% for a in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}", "template"),
-        ("{% extends 'chat' %}", "template"),
-        ("{% block a %}{{ self.a() }}{% endblock %}", "template"),
-        (
-            "{% macro f(x) %}{{ g(x) }}{% endmacro %}{% macro g(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
-            "template",
-        ),
-        ("{{ messages.append(messages) }}", "template"),
-        ("{{ (messages[0]).__init__.__globals__['os'].system('id') }}", "template"),
-        ("{{ cycler.__init__ }}{{ joiner.x.y }}{{ lipsum() }}", "template"),
-    ];
-    assert!(cases.len() >= 25);
-    for (source, want) in cases {
-        let render = |t: ChatTemplate| {
-            t.render(&[json!({"role": "user", "content": "hi"})], None, true, BOS, EOS, &Map::new())
-        };
-        let result = ChatTemplate::new(source).and_then(render);
-        let Err(e) = result else { panic!("{source} rendered") };
-        assert!(e.to_string().contains(want), "{source}: {e}");
-    }
-}
-
-#[test]
 fn templates_have_what_hugging_face_gives_them() {
     let cases = [
         ("{{ ' a '.strip() + 'b'.upper() + 'x,y'.split(',')[1] }}", "aBy"),
@@ -188,11 +135,65 @@ fn templates_have_what_hugging_face_gives_them() {
         ("{{ messages[-1]['content'].startswith('h') }}", "True"),
         ("{%- for m in messages -%}\n  {{- m.role -}}\n{%- endfor -%}\n", "user"),
         ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{% set a = missing %}{{ a is defined }}{{ missing == 1 }}{{ missing ~ 'x' }}", "FalseFalsex"),
+        (
+            "{{ messages | length }}{{ bos_token }}{{ add_generation_prompt }}{{ mine }}",
+            "1<｜begin▁of▁sentence｜>Trueyes",
+        ),
+        ("{{ 'a-b-b' | replace('b', 'cc') }}{{ 'a-b-b' | replace('b', 'c', count=1) }}", "a-cc-cca-c-b"),
+        ("{{ [3, 1, 2] | sort(reverse=true) | join(', ') }}{{ '-'.join(['a', 'b']) }}", "3, 2, 1a-b"),
+        (
+            "{{ messages | map(attribute='role') | join('|') }}{{ messages | join(attribute='role') }}",
+            "useruser",
+        ),
+        ("{{ 'a\nb' | indent(2) }}{{ 'a\nb' | indent(width=1, first=true) }}", "a\n  b a\n b"),
+        ("{{ '%s-%d' | format('x', 3) }}{{ '{}:{n:>3}'.format('y', n=4) }}", "x-3y:  4"),
+        ("{{ 'n' ~ 1 ~ none ~ [1, 'x'] }}{{ [1, {'a': 'b'}] }}", "n1None[1, 'x'][1, {'a': 'b'}]"),
+        ("{{ {'b': 1, 'a': 2} | dictsort | first | last }}{{ 'a b' | upper | title }}", "2A B"),
+        (
+            "{% set n = namespace(m=[]) %}{% for m in messages %}{% set n.m = n.m + [m] %}{% endfor %}{{ n.m|length }}",
+            "1",
+        ),
+        (
+            "{% macro f(x, y='d') %}{{ x }}{{ y }}{{ caller() }}{% endmacro %}{% call f(1) %}c{% endcall %}",
+            "1dc",
+        ),
+        ("{% for a in [1, [2, [3]]] recursive %}{{ loop(a) if a is iterable else a }}{% endfor %}", "123"),
+        (
+            "{% for a, b in [(1, 2)] if a < b %}{{ loop.last and 'x' in ['x'] and 1 < 2 < 3 }}{% else %}no{% endfor %}",
+            "True",
+        ),
+        (
+            "{% with a = 1 %}{{ a if a == 1 else 2 }}{% endwith %}{% for x in [] %}{% else %}none{% endfor %}",
+            "1none",
+        ),
     ];
     for (source, want) in cases {
         let t = ChatTemplate::new(source).unwrap();
-        let found = t.render(&[json!({"role": "user", "content": "hi"})], None, true, BOS, EOS, &Map::new());
-        assert_eq!(found.unwrap(), want, "{source}");
+        // A request's own variables cannot stand in for those that every template is given.
+        let extra = json!({"messages": [], "bos_token": "", "add_generation_prompt": false, "mine": "yes"});
+        let messages = [json!({"role": "user", "content": "hi"})];
+        let found = t.render(&messages, None, true, BOS, EOS, extra.as_object().unwrap());
+        assert_eq!(found.unwrap_or_else(|e| panic!("{source}: {e}")), want, "{source}");
+    }
+}
+
+#[test]
+fn what_is_large_for_good_reason_renders() {
+    let conversation = "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<u>' + m['content'] }}\
+        {% elif m.content is not none %}{{ '<a>' ~ m.content | trim }}{% endif %}{% endfor %}\
+        {% set s = namespace(system='') %}{% for m in messages if m.role == 'system' %}\
+        {% set s.system = s.system + m.content %}{% endfor %}{{ tools | tojson }}";
+    let template = ChatTemplate::new(conversation).unwrap();
+    let tool = json!({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}});
+    let tools = json!(vec![tool; 128]);
+    // As many messages as a request may have, and texts of a megabyte together.
+    for (count, bytes) in [(4096, 20), (8, 1 << 17)] {
+        let messages: Vec<_> = (0..count)
+            .map(|i| json!({"role": if i % 2 == 0 { "user" } else { "assistant" }, "content": "y".repeat(bytes)}))
+            .collect();
+        let text = template.render(&messages, Some(&tools), true, "", "", &Map::new()).unwrap();
+        assert!(text.len() > count * bytes, "{}", text.len());
     }
 }
 

@@ -94,7 +94,8 @@ struct Session {
     place: Arc<Place>,
     outbox: Outbox,
     answers: HashMap<String, Answer>,
-    tasks: JoinSet<()>,
+    /// Each ends with the last message of its answer.
+    tasks: JoinSet<String>,
 }
 
 /// An answer that runs.
@@ -166,16 +167,15 @@ impl Session {
         self.answers.get_mut(id).ok_or_else(|| ApiError::invalid("id", "no answer of that name is running"))
     }
 
-    /// An answer's task has ended.
-    async fn forget(&mut self, ended: Result<(Id, ()), JoinError>) {
-        let task = ended.as_ref().map_or_else(JoinError::id, |(id, ())| *id);
+    /// An answer has ended. Whoever reads its last message may use its name again, so it is forgotten before.
+    async fn forget(&mut self, ended: Result<(Id, String), JoinError>) {
+        let task = ended.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
         let Some(id) = self.answers.iter().find(|(_, a)| a.task == task).map(|(id, _)| id.clone()) else {
             return;
         };
         self.answers.remove(&id);
-        if ended.is_err() {
-            self.outbox.send(error_message(Some(&id), None, &ApiError::internal().to_json()["error"])).await;
-        }
+        let failed = |_| error_message(Some(&id), None, &ApiError::internal().to_json()["error"]);
+        self.outbox.send(ended.map_or_else(failed, |(_, last)| last)).await;
     }
 }
 
@@ -219,7 +219,7 @@ fn chunks(fields: &mut Fields, name: &str) -> Result<Option<usize>, ApiError> {
     }
 }
 
-/// Runs one answer; its last message is sent by this task, so that nothing can follow it.
+/// Runs one answer; answers its last message, which is sent when the answer is forgotten.
 async fn answer(
     place: Arc<Place>,
     outbox: Outbox,
@@ -228,13 +228,12 @@ async fn answer(
     body: Value,
     credit: Option<Arc<Semaphore>>,
     cancelled: oneshot::Receiver<()>,
-) {
-    let last = tokio::select! {
+) -> String {
+    tokio::select! {
         biased;
         Ok(()) = cancelled => json!({"type": "cancelled", "id": id}).to_string(),
         last = stream(&place, &outbox, &id, path, &body, credit.as_deref()) => last,
-    };
-    outbox.send(last).await;
+    }
 }
 
 /// Sends the chunks of an answer; answers its last message.
