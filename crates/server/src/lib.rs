@@ -16,6 +16,7 @@ mod error;
 mod event_stream;
 mod health;
 mod histogram;
+mod json;
 mod keys;
 pub mod limits;
 mod logs;

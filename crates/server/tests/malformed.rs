@@ -11,7 +11,7 @@ const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
 
 /// Fields added to a good chat request, and the field that the error must name.
-const CHAT_FIELDS: [(&str, &str); 92] = [
+const CHAT_FIELDS: [(&str, &str); 96] = [
     (r#""temperature": "hot""#, "temperature"),
     (r#""temperature": -0.1"#, "temperature"),
     (r#""temperature": 1e39"#, "temperature"),
@@ -117,10 +117,14 @@ const CHAT_FIELDS: [(&str, &str); 92] = [
     (r#""metadata": "x""#, "metadata"),
     (r#""store": true"#, "store"),
     (r#""speed": "fast""#, "speed"),
+    (r#""seed": 1, "seed": 1"#, "seed"),
+    (r#""seed": 1, "\u0073eed": 2"#, "seed"),
+    (r#""metadata": {"a": [0, {"b": 1, "b": 2}]}"#, "metadata.a[1].b"),
+    (r#""json_schema": "{\"type\": 1, \"type\": 2}""#, "json_schema"),
 ];
 
 /// Whole chat bodies.
-const CHAT_BODIES: [(&str, &str); 40] = [
+const CHAT_BODIES: [(&str, &str); 42] = [
     ("", ""),
     ("{", ""),
     ("[]", ""),
@@ -131,6 +135,8 @@ const CHAT_BODIES: [(&str, &str); 40] = [
     ("{} {}", ""),
     ("{'messages': []}", ""),
     ("{\"messages\": [], \"messages\": []}", "messages"),
+    ("{\"messages\": [{\"role\": \"user\", \"role\": \"system\"}]}", "messages[0].role"),
+    ("{\"model\": \"m\", \"model\": ", "model"),
     ("{\"temperature\": NaN}", ""),
     ("{}", "messages"),
     (r#"{"messages": null}"#, "messages"),
@@ -173,7 +179,7 @@ const CHAT_BODIES: [(&str, &str); 40] = [
 ];
 
 /// Whole bodies of text completions.
-const TEXT_BODIES: [(&str, &str); 20] = [
+const TEXT_BODIES: [(&str, &str); 21] = [
     ("{}", "prompt"),
     (r#"{"prompt": null}"#, "prompt"),
     (r#"{"prompt": 5}"#, "prompt"),
@@ -194,6 +200,7 @@ const TEXT_BODIES: [(&str, &str); 20] = [
     (r#"{"prompt": "x", "suffix": 7}"#, "suffix"),
     (r#"{"prompt": "x", "messages": []}"#, "messages"),
     (r#"{"prompt": "x", "max_tokens": 0}"#, "max_tokens"),
+    (r#"{"prompt": "x", "prompt": "y"}"#, "prompt"),
 ];
 
 /// Whether this is the error of a refused request, with every part that OpenAI's clients read.
