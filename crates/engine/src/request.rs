@@ -282,6 +282,8 @@ pub enum Event {
         start: usize,
         /// The tokens.
         tokens: Vec<TokenInfo>,
+        /// How many tokens are at least as likely as each of them: 1 for the most likely one.
+        ranks: Vec<usize>,
     },
     /// More of an answer.
     Delta {

@@ -16,7 +16,7 @@ use crate::{
     handle::{Command, Monitor, Submission},
     masks::{Guide, Masks},
     open::{Open, Outbox},
-    sampler::score,
+    sampler::{rank, score},
     scheduler::{Arrival, Scheduler, SchedulerLimits, SequenceId, Wanted},
     stats::{add, set},
 };
@@ -387,14 +387,15 @@ impl Worker {
         let Some(count) = open.request.prompt_logprobs.filter(|_| open.first_token.is_none()) else { return };
         let start = wanted.position + 1;
         let Some(prompt) = open.request.prompt.get(start..) else { return };
-        let tokens: Vec<_> = prompt
+        let rows = self.logits[first_row * vocab..].chunks_exact(vocab);
+        let (tokens, ranks): (Vec<_>, Vec<_>) = prompt
             .iter()
             .take(wanted.rows)
-            .zip(self.logits[first_row * vocab..].chunks_exact(vocab))
-            .map(|(&id, row)| token_info(score(row, id, count), &self.tokenizer))
-            .collect();
+            .zip(rows)
+            .map(|(&id, row)| (token_info(score(row, id, count), &self.tokenizer), rank(row, id)))
+            .unzip();
         if !tokens.is_empty() {
-            open.outbox.backlog.push_back(Event::PromptLogprobs { start, tokens });
+            open.outbox.backlog.push_back(Event::PromptLogprobs { start, tokens, ranks });
         }
     }
 

@@ -108,8 +108,12 @@ fn a_prompt_is_scored_token_by_token() {
     let (mut scored, mut deltas) = (Vec::new(), 0);
     while let Some(event) = ticket.next_blocking() {
         match event {
-            Event::PromptLogprobs { start, tokens } => {
+            Event::PromptLogprobs { start, tokens, ranks } => {
                 assert_eq!((start, deltas), (1 + scored.len(), 0), "in order and before the answer");
+                for (token, rank) in tokens.iter().zip(&ranks) {
+                    let place = token.top.iter().position(|t| t.0 == token.id);
+                    assert!(place.map_or(*rank > 2, |place| place + 1 == *rank), "{rank} {token:?}");
+                }
                 scored.extend(tokens);
             }
             Event::Delta { .. } => deltas += 1,

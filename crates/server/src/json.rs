@@ -135,8 +135,7 @@ impl<'de> Visitor<'de> for &Place {
                 Entry::Occupied(entry) => return Err(self.begin(entry.key())),
                 Entry::Vacant(entry) => {
                     let value = map.next_value_seed(self);
-                    let value =
-                        value.inspect_err(|_| self.around(|| Step::Key(entry.key().clone())))?;
+                    let value = value.inspect_err(|_| self.around(|| Step::Key(entry.key().clone())))?;
                     entry.insert(value);
                 }
             }

@@ -12,5 +12,6 @@ mod formats;
 pub(crate) mod messages;
 pub(crate) mod models;
 pub(crate) mod parameters;
+mod scores;
 mod thinking;
 pub(crate) mod tools;

@@ -143,7 +143,11 @@ fn no_door_takes_a_key_twice() {
         let mut socket = Socket::open(&server, path);
         socket.0.send(Message::text(body)).unwrap();
         let error = socket.next().unwrap();
-        assert_eq!((&error["type"], &error["error"]["param"]), (&json!("error"), &json!("metadata.a")), "{path}");
+        assert_eq!(
+            (&error["type"], &error["error"]["param"]),
+            (&json!("error"), &json!("metadata.a")),
+            "{path}"
+        );
     }
 }
 

@@ -11,7 +11,7 @@ const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
 
 /// Fields added to a good chat request, and the field that the error must name.
-const CHAT_FIELDS: [(&str, &str); 96] = [
+const CHAT_FIELDS: [(&str, &str); 101] = [
     (r#""temperature": "hot""#, "temperature"),
     (r#""temperature": -0.1"#, "temperature"),
     (r#""temperature": 1e39"#, "temperature"),
@@ -117,6 +117,11 @@ const CHAT_FIELDS: [(&str, &str); 96] = [
     (r#""metadata": "x""#, "metadata"),
     (r#""store": true"#, "store"),
     (r#""speed": "fast""#, "speed"),
+    (r#""prompt_logprobs": true"#, "prompt_logprobs"),
+    (r#""prompt_logprobs": -1"#, "prompt_logprobs"),
+    (r#""prompt_logprobs": 1.5"#, "prompt_logprobs"),
+    (r#""prompt_logprobs": 21"#, "prompt_logprobs"),
+    (r#""prompt_logprobs": 0, "stream": true"#, "prompt_logprobs"),
     (r#""seed": 1, "seed": 1"#, "seed"),
     (r#""seed": 1, "\u0073eed": 2"#, "seed"),
     (r#""metadata": {"a": [0, {"b": 1, "b": 2}]}"#, "metadata.a[1].b"),
@@ -179,7 +184,7 @@ const CHAT_BODIES: [(&str, &str); 42] = [
 ];
 
 /// Whole bodies of text completions.
-const TEXT_BODIES: [(&str, &str); 21] = [
+const TEXT_BODIES: [(&str, &str); 23] = [
     ("{}", "prompt"),
     (r#"{"prompt": null}"#, "prompt"),
     (r#"{"prompt": 5}"#, "prompt"),
@@ -194,7 +199,9 @@ const TEXT_BODIES: [(&str, &str); 21] = [
     (r#"{"prompt": {"a": 1}}"#, "prompt"),
     (r#"{"prompt": "x", "logprobs": true}"#, "logprobs"),
     (r#"{"prompt": "x", "logprobs": 21}"#, "logprobs"),
-    (r#"{"prompt": "x", "logprobs": 1, "echo": true}"#, "logprobs"),
+    (r#"{"prompt": "x", "logprobs": 1, "echo": true, "suffix": "y"}"#, "logprobs"),
+    (r#"{"prompt": "x", "prompt_logprobs": 1, "stream": true}"#, "prompt_logprobs"),
+    (r#"{"prompt": "x", "prompt_logprobs": 21}"#, "prompt_logprobs"),
     (r#"{"prompt": "x", "echo": 1}"#, "echo"),
     (r#"{"prompt": "x", "best_of": 3}"#, "best_of"),
     (r#"{"prompt": "x", "suffix": 7}"#, "suffix"),

@@ -49,6 +49,8 @@ fn describe(model: &Model) -> Value {
         "prefix": chat,
         "suffix": fills == [true; 3],
         "logprobs_max": limits.logprobs_max,
+        "prompt_logprobs": limits.score_rows_max > 0,
+        "echo": true,
         "n_max": limits.n_max,
         "context_tokens_max": limits.context_tokens_max,
         "stop_strings_max": limits.stop_strings_max,

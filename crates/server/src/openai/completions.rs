@@ -8,11 +8,12 @@ use oxseek_text::ControlTokens;
 use serde_json::{Value, json};
 
 use super::{
-    answer::{Answer, Form},
+    answer::{Answer, Echo, Form},
     body,
     fields::{Fields, wrong},
     formats::{Format, refused},
     parameters::{Streaming, check_model, either, generation, neutral, streaming, token_ids},
+    scores::prompt_logprobs,
 };
 use crate::{
     caller::Caller,
@@ -42,15 +43,17 @@ pub(crate) async fn completions(
         prepared.requests.into_iter().map(|r| caller.submit(&model, r)).collect();
     let form = Form::Text { echo: prepared.echo };
     let answer = Answer::new(form, model.name.clone(), tickets?, prepared.n, prepared.logprobs);
+    let answer = answer.with_prompt_logprobs(prepared.prompt_logprobs);
     answer.respond(prepared.streaming).await
 }
 
 struct Prepared {
     requests: Vec<ValidRequest>,
     n: usize,
-    logprobs: bool,
-    /// Texts to put before the answers, one per prompt; none without `echo`.
-    echo: Vec<String>,
+    logprobs: Option<usize>,
+    prompt_logprobs: Option<usize>,
+    /// What goes before the answers, one per prompt; none without `echo`.
+    echo: Vec<Echo>,
     streaming: Streaming,
 }
 
@@ -69,14 +72,16 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
     request.max_tokens = Some(asked.unwrap_or(MAX_TOKENS_DEFAULT));
     request.logprobs = fields.count("logprobs")?;
     let echo = fields.boolean("echo")?.unwrap_or(false);
-    if echo && request.logprobs.is_some() {
-        return Err(ApiError::unsupported("logprobs", "together with echo is not supported"));
-    }
     fields.only("best_of", &[json!(request.n)])?;
     let suffix = fields.string("suffix")?.filter(|s| !s.is_empty());
     let format = Format::take(&mut fields)?;
     let streaming = streaming(&mut fields)?;
     request.progress = streaming.progress;
+    let prompt_logprobs = prompt_logprobs(&mut fields, streaming)?;
+    if echo && suffix.is_some() && request.logprobs.is_some() {
+        return Err(ApiError::unsupported("logprobs", "together with echo and suffix is not supported"));
+    }
+    request.prompt_logprobs = prompt_logprobs.max(request.logprobs.filter(|_| echo));
     let prompts = prompts(&mut fields)?;
     neutral(&mut fields)?;
     fields.finish()?;
@@ -86,16 +91,22 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
         rules.grammar = Some(compiled.map_err(|e| refused(param, &e))?);
         request.grammar = rules.into_grammar();
     }
-    let (n, logprobs) = (request.n, request.logprobs.is_some());
-    let echo = prompts.iter().filter(|_| echo).map(|p| p.text(model)).collect();
-    let requests = prompts
-        .into_iter()
-        .map(|p| {
-            let request = Request { prompt: p.tokens(model, suffix.as_deref())?, ..request.clone() };
-            request.validate(model.engine.limits()).map_err(ApiError::from)
-        })
-        .collect::<Result<_, _>>()?;
-    Ok(Prepared { requests, n, logprobs, echo, streaming })
+    let (n, logprobs) = (request.n, request.logprobs);
+    let (mut requests, mut echoes) = (Vec::new(), Vec::new());
+    for p in prompts {
+        let text = echo.then(|| p.text(model));
+        let begin = p.begin(model, suffix.is_some());
+        let prompt = p.tokens(model, suffix.as_deref())?;
+        let first = prompt.first().map(|&id| model.engine.tokenizer().token_bytes(id).to_vec());
+        echoes.extend(text.map(|text| Echo {
+            text,
+            first: first.unwrap_or_default(),
+            is_first_hidden: begin.is_some(),
+        }));
+        let request = Request { prompt, ..request.clone() };
+        requests.push(request.validate(model.engine.limits())?);
+    }
+    Ok(Prepared { requests, n, logprobs, prompt_logprobs, echo: echoes, streaming })
 }
 
 enum Prompt {
@@ -104,6 +115,15 @@ enum Prompt {
 }
 
 impl Prompt {
+    /// The token that begins a text, where it is put before the prompt.
+    fn begin(&self, model: &Model, has_suffix: bool) -> Option<u32> {
+        match self {
+            Self::Tokens(_) if !has_suffix => None,
+            Self::Text(text) if text.starts_with(&model.bos) => None,
+            _ => model.engine.tokenizer().token_id(&model.bos),
+        }
+    }
+
     /// Who sends a text prompt writes the control tokens that it needs; only the one that begins a text is added, and
     /// those around a hole that is to be filled before `suffix`.
     fn tokens(self, model: &Model, suffix: Option<&str>) -> Result<Vec<u32>, ApiError> {
@@ -112,12 +132,7 @@ impl Prompt {
             let encoded = tokenizer.encode(text, ControlTokens::Parse);
             encoded.map_err(|e| ApiError::invalid("prompt", e.to_string()))
         };
-        let begin = tokenizer.token_id(&model.bos);
-        let mut ids: Vec<u32> = match &self {
-            Self::Tokens(_) if suffix.is_none() => Vec::new(),
-            Self::Text(text) if text.starts_with(&model.bos) => Vec::new(),
-            _ => begin.into_iter().collect(),
-        };
+        let mut ids: Vec<u32> = self.begin(model, suffix.is_some()).into_iter().collect();
         let prompt = match self {
             Self::Tokens(ids) => ids,
             Self::Text(text) => encode(&text)?,
