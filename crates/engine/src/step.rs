@@ -40,6 +40,8 @@ pub(crate) struct Worker {
     batch: Batch,
     wanted: Vec<Wanted>,
     logits: Vec<f32>,
+    /// Hidden states of the rows of logits, in a step that completes a prompt to embed; else what an earlier one left.
+    hidden: Vec<f32>,
     masks: Masks,
 }
 
@@ -95,6 +97,7 @@ impl Worker {
             batch: Batch::default(),
             wanted: Vec::new(),
             logits,
+            hidden: Vec::new(),
             masks: Masks::new(),
         }
     }
@@ -284,12 +287,26 @@ impl Worker {
     /// Runs the batch. A panic in a kernel must cost the requests of the step, not the engine: None stands for one.
     fn forward(&mut self) -> Result<(), Option<ModelError>> {
         let rows = self.batch.logit_rows() * self.model.limits().vocab;
+        let embeds = self.wanted.iter().any(|w| w.draw && self.embeds(w.id));
         let (model, batch, logits) = (&mut self.model, &self.batch, &mut self.logits[..rows]);
-        match catch_unwind(AssertUnwindSafe(|| model.forward(batch, logits))) {
+        let hidden = &mut self.hidden;
+        let run = || {
+            model.forward(batch, logits)?;
+            if !embeds {
+                return Ok(());
+            }
+            hidden.resize(batch.logit_rows() * model.limits().hidden, 0.0);
+            model.read_hidden(batch.logit_rows(), hidden)
+        };
+        match catch_unwind(AssertUnwindSafe(run)) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(e)) => Err(Some(e)),
             Err(_) => Err(None),
         }
+    }
+
+    fn embeds(&self, id: SequenceId) -> bool {
+        self.owners.get(&id).and_then(|r| self.open.get(r)).is_some_and(|open| open.request.embed)
     }
 
     /// Has the masks made that this step's tokens need.
@@ -370,13 +387,39 @@ impl Worker {
             return Err(SampleError::NotFinite.into());
         }
         self.report_scores(request_id, wanted, rows.start);
-        if wanted.draw {
+        if wanted.draw && self.embeds(wanted.id) {
+            self.commit_embedding(request_id, wanted.id, rows.end - 1, now)?;
+        } else if wanted.draw {
             self.commit_draw(request_id, wanted.id, (rows.end - 1) * vocab..rows.end * vocab, now)?;
             if let Some(open) = self.open.get_mut(&request_id) {
                 open.note_token(now);
             }
         }
         self.end_if_done(request_id, now);
+        Ok(())
+    }
+
+    /// The prompt is done: its last row's hidden state is the answer.
+    fn commit_embedding(
+        &mut self,
+        request_id: u64,
+        sequence: SequenceId,
+        row: usize,
+        now: Instant,
+    ) -> Result<(), Failure> {
+        let width = self.model.limits().hidden;
+        let values = self.hidden[row * width..(row + 1) * width].to_vec();
+        if !all_finite(&values) {
+            return Err(SampleError::NotFinite.into());
+        }
+        let Some(open) = self.open.get_mut(&request_id) else { return Ok(()) };
+        open.first_token = Some(now);
+        self.scheduler.finish(sequence);
+        open.choices.iter_mut().for_each(|c| c.done = true);
+        let done = Event::Done { choice: 0, reason: FinishReason::Stop, matched: None };
+        let events = [Event::Embedding { values }, done];
+        open.note_done(&events);
+        open.outbox.backlog.extend(events);
         Ok(())
     }
 

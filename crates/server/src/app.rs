@@ -33,7 +33,10 @@ use crate::{
     limits::{FLUSH_SECONDS_MAX, HEADER_BYTES_MAX, HEADERS_MAX},
     messages,
     metrics::metrics,
-    openai::{capabilities::capabilities, chat::chat_completions, completions::completions, models},
+    openai::{
+        capabilities::capabilities, chat::chat_completions, completions::completions, embeddings::embeddings,
+        models,
+    },
     openapi::openapi,
     page::{page, part},
     patience::Patient,
@@ -158,6 +161,7 @@ fn router(state: AppState) -> (Router, Doors) {
         .route("/v1/models/{id}", get(models::retrieve))
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(completions))
+        .route("/v1/embeddings", post(embeddings))
         .route("/openapi.json", get(openapi))
         .route("/docs", get(docs))
         .route("/tokenize", post(tokens::tokenize))

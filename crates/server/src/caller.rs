@@ -1,7 +1,10 @@
 //! Who asks, and what the asking costs.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -48,16 +51,38 @@ impl Caller {
     /// # Errors
     /// A limit of the key, a full queue, or an engine that has stopped.
     pub(crate) fn submit(&self, model: &Model, request: ValidRequest) -> Result<Ticket, ApiError> {
-        let reserved = self.reserve(request.tokens_max() as u64)?;
-        let tab = Tab { reserved, caller: self.clone() };
+        let tab = self.open_tab(request.tokens_max() as u64)?;
+        self.submit_on(&tab, model, request).map_err(|e| self.refuse(e))
+    }
+
+    /// Sets tokens aside for several requests to the engine that are one of the client's.
+    ///
+    /// # Errors
+    /// A limit of the key.
+    pub(crate) fn open_tab(&self, tokens: u64) -> Result<Arc<Tab>, ApiError> {
+        let reserved = self.reserve(tokens)?;
+        Ok(Arc::new(Tab { reserved, used: AtomicU64::new(0), caller: self.clone() }))
+    }
+
+    /// Queues a request whose tokens are set aside. The tab is settled when the last of its requests has ended and
+    /// nobody holds it for more.
+    pub(crate) fn submit_on(
+        &self,
+        tab: &Arc<Tab>,
+        model: &Model,
+        request: ValidRequest,
+    ) -> Result<Ticket, SubmitError> {
         // Without keys everybody is the same tenant.
         let request = request.on_behalf_of(self.key().map_or(0, |k| k.tenant));
-        let account = Account { tab, began: Instant::now(), reasons: Vec::new() };
-        model.engine.submit_observed(request, Box::new(account)).map_err(|e| {
-            let busy = matches!(e, SubmitError::Busy | SubmitError::TenantBusy);
-            self.0.metrics.refused(if busy { Refusal::Queue } else { Refusal::Stopped });
-            e.into()
-        })
+        let account = Account { tab: Arc::clone(tab), began: Instant::now(), reasons: Vec::new() };
+        model.engine.submit_observed(request, Box::new(account))
+    }
+
+    /// Counts a request that the engine did not take.
+    pub(crate) fn refuse(&self, e: SubmitError) -> ApiError {
+        let busy = matches!(e, SubmitError::Busy | SubmitError::TenantBusy);
+        self.0.metrics.refused(if busy { Refusal::Queue } else { Refusal::Stopped });
+        e.into()
     }
 
     fn reserve(&self, tokens: u64) -> Result<Option<Reserved>, ApiError> {
@@ -77,31 +102,26 @@ impl<S: Sync> FromRequestParts<S> for Caller {
     }
 }
 
-/// What is set aside for a request, and given back however it ends.
-struct Tab {
+/// What is set aside for a request, and replaced by what it used however it ends. One that was not taken, or whose
+/// engine died, pays nothing.
+pub(crate) struct Tab {
     reserved: Option<Reserved>,
+    used: AtomicU64,
     caller: Caller,
 }
 
-impl Tab {
-    fn settle(&mut self, used: u64) {
+impl Drop for Tab {
+    fn drop(&mut self) {
         if let (Some(reserved), Some(key)) = (self.reserved.take(), self.caller.key()) {
-            key.book.settle(reserved, used, Moment::now());
+            key.book.settle(reserved, *self.used.get_mut(), Moment::now());
             key.book.leave();
         }
     }
 }
 
-impl Drop for Tab {
-    /// A request that was not taken, or whose engine died, pays nothing.
-    fn drop(&mut self) {
-        self.settle(0);
-    }
-}
-
 /// Keeps the books of one request on the engine's thread.
 struct Account {
-    tab: Tab,
+    tab: Arc<Tab>,
     began: Instant,
     reasons: Vec<FinishReason>,
 }
@@ -120,7 +140,7 @@ impl Observer for Account {
         // What the engine failed at is not the client's to pay.
         let used =
             if ending.how == Ended::Failed { 0 } else { usage.prompt_tokens + usage.completion_tokens };
-        self.tab.settle(used as u64);
+        self.tab.used.fetch_add(used as u64, Ordering::Relaxed);
         let inner = &self.tab.caller.0;
         inner.metrics.ended(ending, &self.reasons, self.began.elapsed());
         let key = inner.key.as_ref().map(|k| k.name.as_str());

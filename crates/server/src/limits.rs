@@ -30,6 +30,8 @@ pub const JSON_DEPTH_MAX: usize = 64;
 pub const MESSAGES_MAX: usize = 4096;
 /// Most prompts of one completions request.
 pub const PROMPTS_MAX: usize = 64;
+/// Most inputs of one embeddings request, OpenAI's bound.
+pub const EMBEDDING_INPUTS_MAX: usize = 2048;
 /// Longest request id that is taken over from a client.
 pub const REQUEST_ID_BYTES_MAX: usize = 128;
 /// Longest API key that is looked at.

@@ -310,9 +310,7 @@ fn wrong_requests_are_refused() {
     check_error(&answer, 404, "model", "an unknown model");
     assert_eq!(answer.json()["error"]["code"], "model_not_found");
     check_error(&server.get("/v1/models/gpt-9"), 404, "model", "an unknown model's page");
-    for path in
-        ["/v1", "/v1/chat", "/v1/embeddings", "/v2/models", "/../etc/passwd", "/%00", "/v1/models/a/b"]
-    {
+    for path in ["/v1", "/v1/chat", "/v1/images", "/v2/models", "/../etc/passwd", "/%00", "/v1/models/a/b"] {
         check_error(&server.get(path), 404, "", path);
     }
     for (method, path) in

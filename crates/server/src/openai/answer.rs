@@ -200,6 +200,7 @@ impl Answer {
                 Some(Event::Progress { done, total, cached }) => {
                     return Some(Ok(vec![Piece::Progress { done, total, cached }]));
                 }
+                Some(Event::Embedding { .. }) => {}
                 Some(Event::PromptLogprobs { tokens, ranks, .. }) => self.scores[prompt].add(tokens, ranks),
                 Some(Event::Failed { message }) => return Some(Err(ApiError::failed(message))),
                 None => {

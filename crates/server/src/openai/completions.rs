@@ -4,15 +4,15 @@ use std::sync::Arc;
 
 use axum::{body::Body, extract::State, http::HeaderMap, response::Response};
 use oxseek_engine::{Request, ValidRequest};
-use oxseek_text::ControlTokens;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{
     answer::{Answer, Echo, Form},
     body,
-    fields::{Fields, wrong},
+    fields::Fields,
     formats::{Format, refused},
-    parameters::{Streaming, check_model, either, generation, neutral, streaming, token_ids},
+    parameters::{Streaming, check_model, either, generation, neutral, streaming},
+    prompts::prompts,
     scores::prompt_logprobs,
 };
 use crate::{
@@ -82,7 +82,7 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
         return Err(ApiError::unsupported("logprobs", "together with echo and suffix is not supported"));
     }
     request.prompt_logprobs = prompt_logprobs.max(request.logprobs.filter(|_| echo));
-    let prompts = prompts(&mut fields)?;
+    let prompts = prompts(&mut fields, "prompt", PROMPTS_MAX)?;
     neutral(&mut fields)?;
     fields.finish()?;
     if let Some(Format { rule, param }) = &format {
@@ -96,7 +96,7 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
     for p in prompts {
         let text = echo.then(|| p.text(model));
         let begin = p.begin(model, suffix.is_some());
-        let prompt = p.tokens(model, suffix.as_deref())?;
+        let prompt = p.tokens(model, "prompt", suffix.as_deref())?;
         let first = prompt.first().map(|&id| model.engine.tokenizer().token_bytes(id).to_vec());
         echoes.extend(text.map(|text| Echo {
             text,
@@ -107,93 +107,4 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
         requests.push(request.validate(model.engine.limits())?);
     }
     Ok(Prepared { requests, n, logprobs, prompt_logprobs, echo: echoes, streaming })
-}
-
-enum Prompt {
-    Text(String),
-    Tokens(Vec<u32>),
-}
-
-impl Prompt {
-    /// The token that begins a text, where it is put before the prompt.
-    fn begin(&self, model: &Model, has_suffix: bool) -> Option<u32> {
-        match self {
-            Self::Tokens(_) if !has_suffix => None,
-            Self::Text(text) if text.starts_with(&model.bos) => None,
-            _ => model.engine.tokenizer().token_id(&model.bos),
-        }
-    }
-
-    /// Who sends a text prompt writes the control tokens that it needs; only the one that begins a text is added, and
-    /// those around a hole that is to be filled before `suffix`.
-    fn tokens(self, model: &Model, suffix: Option<&str>) -> Result<Vec<u32>, ApiError> {
-        let tokenizer = model.engine.tokenizer();
-        let encode = |text: &str| {
-            let encoded = tokenizer.encode(text, ControlTokens::Parse);
-            encoded.map_err(|e| ApiError::invalid("prompt", e.to_string()))
-        };
-        let mut ids: Vec<u32> = self.begin(model, suffix.is_some()).into_iter().collect();
-        let prompt = match self {
-            Self::Tokens(ids) => ids,
-            Self::Text(text) => encode(&text)?,
-        };
-        let Some(suffix) = suffix else {
-            ids.extend(prompt);
-            return Ok(ids);
-        };
-        let [before, hole, after] = fill_tokens(model)?;
-        ids.push(before);
-        ids.extend(prompt);
-        ids.push(hole);
-        ids.extend(encode(suffix)?);
-        ids.push(after);
-        Ok(ids)
-    }
-
-    fn text(&self, model: &Model) -> String {
-        match self {
-            Self::Text(text) => text.clone(),
-            Self::Tokens(ids) => model.engine.tokenizer().decode(ids),
-        }
-    }
-}
-
-/// DeepSeek's tokens around a hole in a text: before the text, at the hole, at the end.
-fn fill_tokens(model: &Model) -> Result<[u32; 3], ApiError> {
-    let names = ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"];
-    let ids = names.map(|name| model.engine.tokenizer().token_id(name));
-    match ids {
-        [Some(before), Some(hole), Some(after)] => Ok([before, hole, after]),
-        _ => Err(ApiError::unsupported("suffix", "this model has no tokens to fill a hole in a text")),
-    }
-}
-
-/// A string, token ids, or a list of either.
-fn prompts(fields: &mut Fields) -> Result<Vec<Prompt>, ApiError> {
-    let want = "a string, a list of strings, token ids or a list of lists of token ids";
-    let value = fields.take("prompt").ok_or_else(|| ApiError::invalid("prompt", "is missing"))?;
-    let list = match value {
-        Value::String(text) => return Ok(vec![Prompt::Text(text)]),
-        Value::Array(list) => list,
-        other => return Err(wrong("prompt", want, &other)),
-    };
-    if list.is_empty() {
-        return Err(ApiError::invalid("prompt", "is empty"));
-    }
-    if list[0].is_number() {
-        return Ok(vec![Prompt::Tokens(token_ids(&list, "prompt")?)]);
-    }
-    if list.len() > PROMPTS_MAX {
-        return Err(ApiError::invalid(
-            "prompt",
-            format!("has {} prompts, at most {PROMPTS_MAX}", list.len()),
-        ));
-    }
-    list.into_iter()
-        .map(|v| match v {
-            Value::String(text) => Ok(Prompt::Text(text)),
-            Value::Array(ids) => Ok(Prompt::Tokens(token_ids(&ids, "prompt")?)),
-            other => Err(wrong("prompt", want, &other)),
-        })
-        .collect()
 }
