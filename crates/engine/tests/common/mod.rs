@@ -150,7 +150,10 @@ pub fn start_counted(
     step: Duration,
     change: impl FnOnce(&mut EngineOptions),
 ) -> (EngineHandle, Arc<AtomicU64>) {
-    let mut options = EngineOptions { eos_tokens: vec![3], ..EngineOptions::default() };
+    // Tests read one answer after the other, however slow the machine is.
+    let patience = Duration::from_secs(600);
+    let mut options =
+        EngineOptions { eos_tokens: vec![3], reader_stall_max: patience, ..EngineOptions::default() };
     change(&mut options);
     let fake = Fake::new(cache_blocks, step);
     let rows = Arc::clone(&fake.rows);
