@@ -320,10 +320,12 @@ impl Answer {
         let mut payloads: Vec<(Value, Value, Option<End>)> = Vec::new();
         if begins && self.is_chat() {
             payloads.push((json!({"role": "assistant", "content": "", "refusal": null}), Value::Null, None));
-        } else if begins && !self.echo_text(index).is_empty() {
+        } else if begins {
             let rows = if self.logprobs.is_some() { self.echo_rows(index) } else { Vec::new() };
             let logprobs = if rows.is_empty() { Value::Null } else { text_logprobs(rows) };
-            payloads.push((self.echo_text(index).into(), logprobs, None));
+            if !(self.echo_text(index).is_empty() && logprobs.is_null()) {
+                payloads.push((self.echo_text(index).into(), logprobs, None));
+            }
         }
         match piece {
             Piece::Text { parts, tokens, .. } => {

@@ -39,6 +39,9 @@ pub(super) fn add(schema: &mut Value, limits: &EngineLimits) {
             most["minimum"] = 1.into();
         }
     }
+    if let Some(encoding) = properties.get_mut("encoding_format") {
+        encoding["enum"] = json!(["float", "base64", null]);
+    }
     for (name, required) in REQUIRED {
         // `/tokenize` takes a text in place of messages.
         if properties.contains_key(name) && !properties.contains_key("prompt") {
