@@ -62,6 +62,9 @@ pub async fn serve(
     let (router, doors) = router(state.clone());
     let places = Arc::new(Semaphore::new(state.options().connections_max));
     let closing = watch::Sender::new(false);
+    let finish = watch::Sender::new(false);
+    let (tracer, logger) = (state.tracer().clone(), state.logger().clone());
+    let exporter = tokio::spawn(tracer.export(logger, finish.subscribe()));
     let mut shutdown = pin!(shutdown);
     let mut deadline: Option<Instant> = None;
     loop {
@@ -98,6 +101,8 @@ pub async fn serve(
     let connections = places.acquire_many(state.options().connections_max as u32);
     let ended = async { tokio::join!(connections, doors.sockets.close()) };
     let _ = timeout(FLUSH_SECONDS_MAX, ended).await;
+    finish.send_replace(true);
+    let _ = timeout(FLUSH_SECONDS_MAX, exporter).await;
     Ok(())
 }
 

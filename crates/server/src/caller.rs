@@ -2,13 +2,16 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
-use axum::{extract::FromRequestParts, http::request::Parts};
+use axum::{
+    extract::FromRequestParts,
+    http::{HeaderMap, request::Parts},
+};
 use oxseek_engine::{Ended, Ending, FinishReason, Observer, SubmitError, Ticket, ValidRequest};
 
 use crate::{
@@ -17,7 +20,8 @@ use crate::{
     logs::{Line, Logger},
     metrics::{Metrics, Refusal},
     quota::{Moment, Reserved},
-    state::Model,
+    state::{AppState, Model},
+    traces::{Operation, Parent, Span, Tracer},
 };
 
 /// Who sent a request. The door puts it into the request's extensions; handlers take it as an argument.
@@ -29,16 +33,26 @@ struct Inner {
     key: Option<Arc<Key>>,
     metrics: Arc<Metrics>,
     logger: Logger,
+    tracer: Tracer,
+    /// The span that the request belongs to.
+    parent: Option<Parent>,
 }
 
 impl Caller {
     pub(crate) fn new(
         request_id: String,
         key: Option<Arc<Key>>,
-        metrics: Arc<Metrics>,
-        logger: Logger,
+        state: &AppState,
+        headers: &HeaderMap,
     ) -> Self {
-        Self(Arc::new(Inner { request_id, key, metrics, logger }))
+        Self(Arc::new(Inner {
+            request_id,
+            key,
+            metrics: Arc::clone(state.metrics()),
+            logger: state.logger().clone(),
+            tracer: state.tracer().clone(),
+            parent: Parent::of(headers),
+        }))
     }
 
     /// The key that was presented; None on a server without keys.
@@ -50,8 +64,13 @@ impl Caller {
     ///
     /// # Errors
     /// A limit of the key, a full queue, or an engine that has stopped.
-    pub(crate) fn submit(&self, model: &Model, request: ValidRequest) -> Result<Ticket, ApiError> {
-        let tab = self.open_tab(request.tokens_max() as u64)?;
+    pub(crate) fn submit(
+        &self,
+        model: &Model,
+        operation: Operation,
+        request: ValidRequest,
+    ) -> Result<Ticket, ApiError> {
+        let tab = self.open_tab(model, operation, request.tokens_max() as u64)?;
         self.submit_on(&tab, model, request).map_err(|e| self.refuse(e))
     }
 
@@ -59,9 +78,16 @@ impl Caller {
     ///
     /// # Errors
     /// A limit of the key.
-    pub(crate) fn open_tab(&self, tokens: u64) -> Result<Arc<Tab>, ApiError> {
+    pub(crate) fn open_tab(
+        &self,
+        model: &Model,
+        operation: Operation,
+        tokens: u64,
+    ) -> Result<Arc<Tab>, ApiError> {
         let reserved = self.reserve(tokens)?;
-        Ok(Arc::new(Tab { reserved, used: AtomicU64::new(0), caller: self.clone() }))
+        let Inner { tracer, request_id, parent, .. } = &*self.0;
+        let span = tracer.begin(operation, &model.name, request_id, parent.as_ref());
+        Ok(Arc::new(Tab { reserved, used: AtomicU64::new(0), span: Mutex::new(span), caller: self.clone() }))
     }
 
     /// Queues a request whose tokens are set aside. The tab is settled when the last of its requests has ended and
@@ -107,6 +133,7 @@ impl<S: Sync> FromRequestParts<S> for Caller {
 pub(crate) struct Tab {
     reserved: Option<Reserved>,
     used: AtomicU64,
+    span: Mutex<Option<Span>>,
     caller: Caller,
 }
 
@@ -115,6 +142,10 @@ impl Drop for Tab {
         if let (Some(reserved), Some(key)) = (self.reserved.take(), self.caller.key()) {
             key.book.settle(reserved, *self.used.get_mut(), Moment::now());
             key.book.leave();
+        }
+        if let Some(mut span) = self.span.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+            span.close();
+            self.caller.0.tracer.end(span);
         }
     }
 }
@@ -141,6 +172,10 @@ impl Observer for Account {
         let used =
             if ending.how == Ended::Failed { 0 } else { usage.prompt_tokens + usage.completion_tokens };
         self.tab.used.fetch_add(used as u64, Ordering::Relaxed);
+        // Held for a few instructions, by parts of the same request.
+        if let Some(span) = self.tab.span.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            span.add(ending, &self.reasons);
+        }
         let inner = &self.tab.caller.0;
         inner.metrics.ended(ending, &self.reasons, self.began.elapsed());
         let key = inner.key.as_ref().map(|k| k.name.as_str());

@@ -34,6 +34,7 @@ mod socket;
 mod state;
 mod tls;
 mod tokens;
+mod traces;
 
 pub use app::serve;
 pub use dialect::Dialect;
@@ -45,3 +46,4 @@ pub use quota::KeyLimits;
 pub use socket::echo::serve_echo;
 pub use state::{AppState, Model, ServerOptions};
 pub use tls::Tls;
+pub use traces::Tracer;

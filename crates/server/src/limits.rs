@@ -38,6 +38,8 @@ pub const REQUEST_ID_BYTES_MAX: usize = 128;
 pub const KEY_BYTES_MAX: usize = 512;
 /// Lines of the log that may wait to be written; more are counted and dropped.
 pub const LOG_LINES_MAX: usize = 4096;
+/// Spans that may wait to be sent to a collector; more are counted and dropped.
+pub const SPANS_MAX: usize = 2048;
 /// Most open WebSockets; they do not count as connections.
 pub const SOCKETS_MAX: usize = 256;
 /// Answers that run at the same time on one WebSocket.

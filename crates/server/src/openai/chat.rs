@@ -24,6 +24,7 @@ use crate::{
     caller::Caller,
     error::ApiError,
     state::{AppState, Model},
+    traces::Operation,
 };
 
 /// Answers a conversation.
@@ -39,7 +40,7 @@ pub(crate) async fn chat_completions(
         let model = Arc::clone(&model);
         state.prepare(move || prepare(&model, &body)).await?
     };
-    let ticket = caller.submit(&model, prepared.request)?;
+    let ticket = caller.submit(&model, Operation::Chat, prepared.request)?;
     let form = Form::Chat { format: Arc::clone(&model.dialect.format), start: prepared.start };
     let answer = Answer::new(form, model.name.clone(), vec![ticket], prepared.n, prepared.logprobs);
     let answer = answer.with_prompt_logprobs(prepared.prompt_logprobs);

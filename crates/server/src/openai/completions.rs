@@ -20,6 +20,7 @@ use crate::{
     error::ApiError,
     limits::PROMPTS_MAX,
     state::{AppState, Model},
+    traces::Operation,
 };
 
 /// OpenAI's default of this route.
@@ -38,9 +39,12 @@ pub(crate) async fn completions(
         let model = Arc::clone(&model);
         state.prepare(move || prepare(&model, &body)).await?
     };
+    let tokens = prepared.requests.iter().map(|r| r.tokens_max() as u64).sum();
+    let tab = caller.open_tab(&model, Operation::TextCompletion, tokens)?;
     // One that does not find a place any more takes the others with it: their tickets are dropped.
-    let tickets: Result<Vec<_>, _> =
-        prepared.requests.into_iter().map(|r| caller.submit(&model, r)).collect();
+    let submit = |r| caller.submit_on(&tab, &model, r).map_err(|e| caller.refuse(e));
+    let tickets: Result<Vec<_>, _> = prepared.requests.into_iter().map(submit).collect();
+    drop(tab);
     let form = Form::Text { echo: prepared.echo };
     let answer = Answer::new(form, model.name.clone(), tickets?, prepared.n, prepared.logprobs);
     let answer = answer.with_prompt_logprobs(prepared.prompt_logprobs);

@@ -23,6 +23,7 @@ use crate::{
     error::ApiError,
     limits::EMBEDDING_INPUTS_MAX,
     state::{AppState, Model},
+    traces::Operation,
 };
 
 /// Embeds texts.
@@ -140,15 +141,19 @@ fn request(model: &Model, input: Prompt) -> Result<ValidRequest, ApiError> {
     request.validate(model.engine.limits()).map_err(|e| ApiError::refused("input", &e))
 }
 
-/// The hidden states of all inputs in their order, and how many tokens they have. Few are in the engine at a time: a
-/// request with many inputs must not fill the queue that others wait in.
+/// The hidden states of all inputs in their order, and how many tokens they have. At most half of the
+/// engine's places are taken at a time: many inputs must neither fill the queue nor hold up an answer.
 async fn embed(
     caller: &Caller,
     model: &Model,
     requests: Vec<ValidRequest>,
 ) -> Result<(Vec<Vec<f32>>, usize), ApiError> {
-    let tab = caller.open_tab(requests.iter().map(|r| r.tokens_max() as u64).sum())?;
-    let at_a_time = model.engine.limits().n_max;
+    let tab = caller.open_tab(
+        model,
+        Operation::Embeddings,
+        requests.iter().map(|r| r.tokens_max() as u64).sum(),
+    )?;
+    let at_a_time = model.engine.limits().n_max.div_ceil(2);
     let mut vectors = vec![Vec::new(); requests.len()];
     let mut tokens = 0;
     let mut running = FuturesUnordered::new();
