@@ -14,7 +14,7 @@ const ROWS: usize = 1408;
 const COLS: usize = 2048;
 /// Bytes of all matrices of a format.
 const BYTES: usize = 384 << 20;
-const TOKENS: [usize; 9] = [1, 2, 4, 6, 8, 16, 32, 128, 512];
+const TOKENS: [usize; 10] = [1, 2, 4, 6, 8, 16, 32, 48, 128, 512];
 
 fn main() {
     let mut args = std::env::args().skip(1);
@@ -37,7 +37,8 @@ fn measure(dtype: DType, threads: usize, level: Option<Level>) {
     let mut backend = CpuBackend::new(options).unwrap();
     let mut random = Random::new(1);
     let matrix = random.matrix(dtype, ROWS, COLS).unwrap();
-    let count = BYTES / matrix.total_bytes();
+    let bytes = std::env::var("BYTES").map_or(BYTES, |b| b.parse().unwrap());
+    let count = (bytes / matrix.total_bytes()).max(1);
     let weights: Vec<Weight> = (0..count).map(|_| backend.load_matrix(matrix.clone()).unwrap()).collect();
     let most = TOKENS[TOKENS.len() - 1];
     let (x, y) = (backend.alloc(most, COLS).unwrap(), backend.alloc(most, ROWS).unwrap());

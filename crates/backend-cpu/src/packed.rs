@@ -5,7 +5,7 @@
 
 #![allow(unsafe_code, reason = "layouts that threads share as pointers")]
 
-use oxseek_tensor::{DType, Error, HostMatrix, dtype::e4m3_to_f32};
+use oxseek_tensor::{DType, Error, HostMatrix, dtype};
 
 use crate::{
     huge::{Arena, HugeBytes},
@@ -304,7 +304,7 @@ pub(crate) static E4M3_TO_BF16: ([u8; 128], [u8; 128]) = {
     let (mut low, mut high) = ([0; 128], [0; 128]);
     let mut code = 0;
     while code < 128 {
-        let bits = e4m3_to_f32(code as u8).to_bits() >> 16;
+        let bits = dtype::e4m3_to_f32(code as u8).to_bits() >> 16;
         (low[code], high[code]) = (bits as u8, (bits >> 8) as u8);
         code += 1;
     }
@@ -321,7 +321,7 @@ mod tests {
     fn every_e4m3_code_is_exact_in_bf16() {
         for code in 0..127u8 {
             let bits = u16::from_le_bytes([E4M3_TO_BF16.0[code as usize], E4M3_TO_BF16.1[code as usize]]);
-            assert_eq!(bf16_to_f32(bits).to_bits(), e4m3_to_f32(code).to_bits());
+            assert_eq!(bf16_to_f32(bits).to_bits(), dtype::e4m3_to_f32(code).to_bits());
         }
         assert!(bf16_to_f32(u16::from_le_bytes([E4M3_TO_BF16.0[127], E4M3_TO_BF16.1[127]])).is_nan());
     }

@@ -1,7 +1,7 @@
 //! Activations as packed weights take them: rounded once per use, then laid side by side for the tiles of a product.
 //!
 //! A rounded row is a list of words of four bytes: pairs of BF16, or per run of 128 columns a scale, minus the sums of
-//! each 32 and of each 16 columns, and the columns as signed bytes. The rows of a tile alternate word by word, so that
+//! each 32 and of each 16 columns, those of 32 once more as bytes, and the columns as signed bytes. The rows of a tile alternate word by word, so that
 //! a kernel walks one stream however many tokens it has; a tile of one token is the row itself.
 
 use std::ops::Range;
@@ -15,12 +15,17 @@ use crate::{
     threads::Pool,
 };
 
-/// Words of one run of 8-bit activations: a scale, four sums, eight sums, 128 bytes.
-pub(crate) const BYTE_RUN_WORDS: usize = 1 + 4 + 8 + RUN / 4;
+/// Words of one run of 8-bit activations: a scale, four sums, eight sums, four sums in bytes, 128 bytes.
+pub(crate) const BYTE_RUN_WORDS: usize = 1 + 4 + 8 + 2 + RUN / 4;
 /// Where a run's sums of 32 columns, its sums of 16 columns and its bytes begin, in words.
 pub(crate) const SUMS_32: usize = 1;
 pub(crate) const SUMS_16: usize = 5;
-pub(crate) const CODES: usize = 13;
+pub(crate) const CODES: usize = 15;
+/// The sums of 32 columns divided by 2^[`SUM_SHIFT`], rounded down, a byte each, and after them what is left.
+pub(crate) const SUMS_HIGH: usize = 13;
+pub(crate) const SUMS_LOW: usize = 14;
+/// A sum of 32 bytes is at most 4,064: both parts of it are signed bytes.
+pub(crate) const SUM_SHIFT: u32 = 7;
 
 impl Rounding {
     /// Words of 128 columns.

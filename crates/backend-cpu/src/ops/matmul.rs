@@ -6,7 +6,7 @@ use oxseek_tensor::{
     error::at_most,
 };
 
-use super::rows_per_task;
+use super::RowShares;
 use crate::{
     CpuBackend,
     matrix::{Inputs, MatrixRef, Product},
@@ -100,22 +100,22 @@ impl CpuBackend {
         }
         self.count_to(rows);
         let (n, tokens) = (w.rows, &self.identity[..rows]);
-        let chunk = rows_per_task(n, rows * n * w.cols, self.pool.threads());
+        let shares = RowShares::new(n, rows * n * w.cols, self.pool.threads());
         let (kernels, scratch) = (self.kernels, &self.scratch);
         let y = Shared::new(y);
-        self.pool.run(n.div_ceil(chunk), &|task, thread| {
-            let from = task * chunk;
+        self.pool.run(shares.tasks(), &|task, thread| {
+            let rows_of_w = shares.of(task);
             // SAFETY: the pool gave this thread its number.
             let panel = unsafe { &mut scratch.of(thread).panel };
             let product = Product {
-                rows: from..n.min(from + chunk),
+                rows: rows_of_w.clone(),
                 x,
                 tokens,
-                out: y.at(from),
+                out: y.at(rows_of_w.start),
                 out_stride: n,
                 out_rows: tokens,
                 output,
-                then: w.place((from + chunk).min(n - 1)),
+                then: w.place(rows_of_w.end.min(n - 1)),
             };
             // SAFETY: the caller proved the sizes of x and y; tasks write disjoint columns; x is not y.
             unsafe { w.multiply(kernels, &product, panel) };
@@ -137,20 +137,20 @@ impl CpuBackend {
         }
         self.count_to(rows);
         let tokens = &self.identity[..rows];
-        let chunk = rows_per_task(n, rows * n * w.cols, self.pool.threads());
+        let shares = RowShares::new(n, rows * n * w.cols, self.pool.threads());
         let (kernels, scratch, panel_len) = (self.kernels, &self.scratch, self.panel_len);
         let (x, y) = (Input(x), Shared::new(y));
-        self.pool.run(n.div_ceil(chunk), &|task, thread| {
-            let from = task * chunk;
+        self.pool.run(shares.tasks(), &|task, thread| {
+            let rows_of_w = shares.of(task);
             // SAFETY: the pool gave this thread its number.
             let panel = unsafe { &mut scratch.of(thread).panel };
             let g = Gemm {
                 w: *w,
-                rows: from..n.min(from + chunk),
+                rows: rows_of_w.clone(),
                 x: x.get(),
                 x_stride: w.cols,
                 tokens,
-                out: y.at(from),
+                out: y.at(rows_of_w.start),
                 out_stride: n,
                 out_rows: tokens,
                 output,

@@ -6,7 +6,7 @@ use oxseek_tensor::{
     error::{expect, shape_error},
 };
 
-use super::{WORK_WORTH_A_FORK, matmul::Input, rows_per_task};
+use super::{RowShares, WORK_WORTH_A_FORK, matmul::Input};
 use crate::{
     CpuBackend,
     ahead::will_need,
@@ -270,27 +270,27 @@ impl CpuBackend {
 
     fn outputs(&mut self, f: &mut FfnScratch, out: Buffer, width: usize, stride: usize) -> Result<(), Error> {
         let work: usize = f.groups.iter().map(|g| (g.to - g.from) * g.inner * width).sum();
-        let chunk = rows_per_task(width, work, self.pool.threads());
+        let shares = RowShares::new(width, work, self.pool.threads());
         let out = Shared::new(&mut self.buffers[out.0 as usize].values);
         let rounded = f.rounded.each_mut().map(|r| r.view().from(0));
         let inner = Input(f.inner.as_ptr());
         let (groups, tokens, weights) = (&f.groups, &f.tokens, &f.weights);
         let (kernels, scratch, identity) = (self.kernels, &self.scratch, &self.identity);
-        self.pool.run(width.div_ceil(chunk), &|task, thread| {
-            let from = task * chunk;
+        self.pool.run(shares.tasks(), &|task, thread| {
+            let columns = shares.of(task);
             // SAFETY: the pool gave this thread its number.
             let panel = unsafe { &mut scratch.of(thread).panel };
             for (i, g) in groups.iter().enumerate() {
                 let rounded = rounded.map(|r| Some(r.from(g.from)));
                 let then = match groups.get(i + 1) {
-                    Some(next) => next.down.place(from),
-                    None => groups[0].down.place((from + chunk).min(width - 1)),
+                    Some(next) => next.down.place(columns.start),
+                    None => groups[0].down.place(columns.end.min(width - 1)),
                 };
                 let product = Product {
-                    rows: from..width.min(from + chunk),
+                    rows: columns.clone(),
                     x: Inputs { exact: inner.get(), stride, rounded },
                     tokens: &identity[g.from..g.to],
-                    out: out.at(from),
+                    out: out.at(columns.start),
                     out_stride: width,
                     out_rows: &tokens[g.from..g.to],
                     output: Output::AddScaled(&weights[g.from..g.to]),

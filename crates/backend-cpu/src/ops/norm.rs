@@ -5,7 +5,7 @@ use oxseek_tensor::{
     backend::{Buffer, Vector},
 };
 
-use super::{matmul::Input, rows_per_task};
+use super::{RowShares, matmul::Input};
 use crate::{CpuBackend, memory::Shared};
 
 impl CpuBackend {
@@ -26,10 +26,10 @@ impl CpuBackend {
         // In place is allowed: then both are the same rows, and a row is read before it is written.
         let x = Shared::new(&mut self.buffers[x.0 as usize].values);
         let out = Shared::new(&mut self.buffers[out.0 as usize].values);
-        let chunk = rows_per_task(rows, rows * width * 2, self.pool.threads());
+        let shares = RowShares::new(rows, rows * width * 2, self.pool.threads());
         let kernel = self.kernels.rms_norm;
-        self.pool.run(rows.div_ceil(chunk), &|task, _| {
-            for r in task * chunk..rows.min((task + 1) * chunk) {
+        self.pool.run(shares.tasks(), &|task, _| {
+            for r in shares.of(task) {
                 // SAFETY: both buffers have the row, and no other task touches it.
                 unsafe { kernel(x.at(r * width), w.get(), eps, out.at(r * width), width) };
             }

@@ -6,7 +6,7 @@ use oxseek_tensor::{
     error::{expect, shape_error},
 };
 
-use super::{matmul::Input, rows_per_task};
+use super::{RowShares, matmul::Input};
 use crate::{CpuBackend, memory::Shared};
 
 /// Rotates interleaved pairs by `[cos, sin]` pairs.
@@ -45,10 +45,10 @@ impl CpuBackend {
         self.prepare_rope(op, rope, shape.rope)?;
         let table = Input(self.ropes[rope.0 as usize].rows.as_ptr());
         let q = Shared::new(&mut self.buffers[q.0 as usize].values);
-        let chunk = rows_per_task(rows, rows * shape.heads * shape.rope * 4, self.pool.threads());
+        let shares = RowShares::new(rows, rows * shape.heads * shape.rope * 4, self.pool.threads());
         let (nope, rope) = (shape.nope, shape.rope);
-        self.pool.run(rows.div_ceil(chunk), &|task, _| {
-            for r in task * chunk..rows.min((task + 1) * chunk) {
+        self.pool.run(shares.tasks(), &|task, _| {
+            for r in shares.of(task) {
                 // SAFETY: the buffer has the row, which no other task touches, and the table has a row for each.
                 let (q, cos_sin) = unsafe {
                     (

@@ -2,7 +2,7 @@
 
 use crate::{
     packed::{RUN, Rounding},
-    rounded::{BYTE_RUN_WORDS, CODES, SUMS_16, SUMS_32},
+    rounded::{BYTE_RUN_WORDS, CODES, SUM_SHIFT, SUMS_16, SUMS_32, SUMS_HIGH, SUMS_LOW},
 };
 
 /// `n` values as words of a rounded row (`rounded.rs`), padded to whole runs.
@@ -41,7 +41,7 @@ unsafe fn round_bf16(x: *const f32, n: usize, out: *mut u16) {
 }
 
 /// `n` values to signed bytes: per run of 128 the largest magnitude becomes 127. Also minus the sums of each 32 and of
-/// each 16 bytes. A run with a value that is not finite gets a scale that is not finite.
+/// each 16 bytes, those of 32 in two forms. A run with a value that is not finite gets a scale that is not finite.
 ///
 /// # Safety
 /// `n` values at `x`, room for whole runs at `out`.
@@ -75,7 +75,10 @@ fn round_byte_run(x: &[f32; RUN], out: &mut [[u8; 4]; BYTE_RUN_WORDS]) {
         std::array::from_fn(|s| -codes[s * 16..][..16].iter().map(|q| i32::from(*q)).sum::<i32>());
     out[0] = (largest / 127.0).to_le_bytes();
     for (s, pair) in sums.as_chunks::<2>().0.iter().enumerate() {
-        out[SUMS_32 + s] = (pair[0] + pair[1]).to_le_bytes();
+        let sum = pair[0] + pair[1];
+        out[SUMS_32 + s] = sum.to_le_bytes();
+        out[SUMS_HIGH][s] = (sum >> SUM_SHIFT).to_le_bytes()[0];
+        out[SUMS_LOW][s] = sum.to_le_bytes()[0] & ((1 << SUM_SHIFT) - 1);
     }
     for (s, sum) in sums.iter().enumerate() {
         out[SUMS_16 + s] = sum.to_le_bytes();

@@ -125,40 +125,47 @@ impl Parts {
         let size = dtype.block_bytes();
         let row_bytes = self.latent * size;
         let mut finite = true;
-        let (mut across, mut along) = (vec![0.0; self.key], vec![0.0; self.latent]);
+        let (mut columns, mut along) = (vec![0.0; COLUMNS_TOGETHER * self.key], vec![0.0; self.latent]);
         for (head, out) in heads.zip(out.chunks_exact_mut((self.key + self.value) * row_bytes)) {
             let (key_rows, value_rows) = out.split_at_mut(self.key * row_bytes);
-            for column in 0..self.latent {
-                self.keys.decode_row(head * self.latent + column, &mut across);
-                for (row, &x) in key_rows.chunks_exact_mut(row_bytes).zip(&across) {
-                    finite &= put(dtype, x, &mut row[column * size..][..size]);
+            for first in (0..self.latent).step_by(COLUMNS_TOGETHER) {
+                let n = COLUMNS_TOGETHER.min(self.latent - first);
+                for (i, column) in columns.chunks_exact_mut(self.key).take(n).enumerate() {
+                    self.keys.decode_row(head * self.latent + first + i, column);
+                }
+                for (i, row) in key_rows.chunks_exact_mut(row_bytes).enumerate() {
+                    let across = columns[i..].iter().step_by(self.key).take(n);
+                    along.iter_mut().zip(across).for_each(|(to, x)| *to = *x);
+                    finite &= put(dtype, &along[..n], &mut row[first * size..][..n * size]);
                 }
             }
             for (i, row) in value_rows.chunks_exact_mut(row_bytes).enumerate() {
                 self.values.decode_row(head * self.value + i, &mut along);
-                for (out, &x) in row.chunks_exact_mut(size).zip(&along) {
-                    finite &= put(dtype, x, out);
-                }
+                finite &= put(dtype, &along, row);
             }
         }
         finite
     }
 }
 
-/// Whether a finite value has stayed finite.
-fn put(dtype: DType, x: f32, out: &mut [u8]) -> bool {
+/// Columns of the key rows that are decoded before they are written: a cache line of each row.
+const COLUMNS_TOGETHER: usize = 32;
+
+/// Whether all finite values have stayed finite.
+fn put(dtype: DType, values: &[f32], out: &mut [u8]) -> bool {
+    let halves = out.as_chunks_mut::<2>().0.iter_mut().zip(values);
     match dtype {
-        DType::F16 => {
-            let bits = f32_to_f16(x);
-            out.copy_from_slice(&bits.to_le_bytes());
-            bits & 0x7fff != 0x7c00 || x.is_infinite()
-        }
+        DType::F16 => halves.fold(true, |finite, (out, x)| {
+            let bits = f32_to_f16(*x);
+            *out = bits.to_le_bytes();
+            finite & (bits & 0x7fff != 0x7c00 || x.is_infinite())
+        }),
         DType::BF16 => {
-            out.copy_from_slice(&f32_to_bf16(x).to_le_bytes());
+            halves.for_each(|(out, x)| *out = f32_to_bf16(*x).to_le_bytes());
             true
         }
         _ => {
-            out.copy_from_slice(&x.to_le_bytes());
+            out.as_chunks_mut::<4>().0.iter_mut().zip(values).for_each(|(out, x)| *out = x.to_le_bytes());
             true
         }
     }

@@ -1,6 +1,9 @@
 //! Super-blocks of 256 columns with codes of 2, 3, 5 and 6 bits; `packed/parts.rs` says how they lie.
 
-use super::{Panel, block::Block};
+use super::{
+    Panel,
+    block::{Block, mins_of_6_bits},
+};
 use crate::packed::PackedFormat;
 
 /// 16 scales, 16 minima, four words of sixteen factors (low nibble scale, high one minimum), 16 units of 2-bit codes.
@@ -104,30 +107,35 @@ impl<P: Panel> Block<P> for Q5K {
     #[inline(always)]
     unsafe fn scale(at: *const u8, b: usize) -> P::F {
         // SAFETY: halves at 0, factors from 64 on.
-        unsafe { P::mul(P::to_f32(factor_of_6_bits::<P>(at.add(64), b, 0)), P::load_f16(at)) }
+        unsafe { P::mul(P::to_f32(scale_of_6_bits::<P>(at.add(64), b)), P::load_f16(at)) }
+    }
+    const MINS_TOGETHER: bool = true;
+    #[inline(always)]
+    unsafe fn mins(at: *const u8, first: usize) -> P::U {
+        // SAFETY: factors from 64 on.
+        unsafe { mins_of_6_bits::<P>(at.add(64), first) }
     }
     #[inline(always)]
-    unsafe fn min(at: *const u8, b: usize) -> P::F {
-        // SAFETY: halves at 32, factors from 64 on.
-        unsafe { P::mul(P::to_f32(factor_of_6_bits::<P>(at.add(64), b, 1)), P::load_f16(at.add(32))) }
+    unsafe fn mins_scale(at: *const u8) -> P::F {
+        // SAFETY: halves at 32.
+        unsafe { P::load_f16(at.add(32)) }
     }
 }
 
-/// Q5_K: the scale (`which` 0) or the minimum (1) of block `b` out of three words: scales 0..4, minima 0..4, low bits
-/// of both 4..8; the high bits of those lie above the first ones.
+/// Q5_K: the scale of block `b` out of three words: scales 0..4, minima 0..4, low bits of both 4..8; the high bits of
+/// those lie above the first ones.
 ///
 /// # Safety
 /// 192 bytes at `at`; the features of `P`.
 #[inline(always)]
-unsafe fn factor_of_6_bits<P: Panel>(at: *const u8, b: usize, which: usize) -> P::I {
+unsafe fn scale_of_6_bits<P: Panel>(at: *const u8, b: usize) -> P::I {
     // SAFETY: the caller's promise.
     unsafe {
-        let (words, shift) = (at.add(which * 64), b % 4 * 8);
+        let shift = b % 4 * 8;
         if b < 4 {
-            return P::word_bits(words, shift, 63);
+            return P::word_bits(at, shift, 63);
         }
-        let low = P::word_bits(at.add(128), shift + which * 4, 15);
-        P::join::<4>(low, P::word_bits(words, shift + 6, 3))
+        P::join::<4>(P::word_bits(at.add(128), shift, 15), P::word_bits(at, shift + 6, 3))
     }
 }
 
