@@ -92,12 +92,11 @@ impl Tracer {
         let mut batch = Vec::new();
         let mut is_last = false;
         while !is_last {
-            tokio::select! {
-                _ = spans.recv_many(&mut batch, 1) => {
-                    is_last = timeout(BATCH_PERIOD, finish.wait_for(|f| *f)).await.is_ok();
-                }
-                _ = finish.wait_for(|f| *f) => is_last = true,
-            }
+            let is_first = tokio::select! {
+                n = spans.recv_many(&mut batch, 1) => n > 0,
+                _ = finish.wait_for(|f| *f) => false,
+            };
+            is_last = !is_first || timeout(BATCH_PERIOD, finish.wait_for(|f| *f)).await.is_ok();
             loop {
                 while batch.len() < BATCH_SPANS_MAX
                     && let Ok(span) = spans.try_recv()
