@@ -52,6 +52,16 @@ impl Default for Sampling {
     }
 }
 
+/// What is done with a prompt.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Task {
+    /// It is continued.
+    #[default]
+    Generate,
+    /// The hidden state of its last token is the answer ([`Event::Embedding`]); nothing is generated.
+    Embed,
+}
+
 /// What is asked of the engine.
 #[derive(Clone)]
 pub struct Request {
@@ -80,8 +90,8 @@ pub struct Request {
     /// Report the log-probability of every token of the prompt but the first, and this many of the most likely ones.
     /// The whole prompt is computed then, whatever is in the cache.
     pub prompt_logprobs: Option<usize>,
-    /// Answer with the hidden state of the prompt's last token ([`Event::Embedding`]) and generate nothing.
-    pub embed: bool,
+    /// What to do with the prompt.
+    pub task: Task,
     /// Report how far the prompt is ([`Event::Progress`]).
     pub progress: bool,
     /// Only requests with the same salt share cached beginnings.
@@ -107,7 +117,7 @@ impl Default for Request {
             logprobs: None,
             grammar: None,
             prompt_logprobs: None,
-            embed: false,
+            task: Task::Generate,
             progress: false,
             cache_salt: None,
             tenant: 0,
@@ -197,8 +207,9 @@ impl Request {
         })?;
         let asked = self.max_tokens.unwrap_or(usize::MAX);
         refuse_if(self.min_tokens > asked, "min_tokens", || format!("is more than max_tokens, {asked}"))?;
-        refuse_if(self.embed && self.n > 1, "n", || "must be 1 for an embedding".into())?;
-        let room = if self.embed { 0 } else { limits.context_tokens_max - self.prompt.len() };
+        let embeds = self.task == Task::Embed;
+        refuse_if(embeds && self.n > 1, "n", || "must be 1 for an embedding".into())?;
+        let room = if embeds { 0 } else { limits.context_tokens_max - self.prompt.len() };
         self.max_tokens = Some(asked.min(room));
         Ok(ValidRequest(self))
     }
@@ -206,10 +217,11 @@ impl Request {
     fn check_prompt(&self, limits: &EngineLimits) -> Result<(), RequestError> {
         refuse_if(self.prompt.is_empty(), "prompt", || "has no tokens".into())?;
         let (tokens, most) = (self.prompt.len(), limits.context_tokens_max);
-        refuse_if(self.embed && tokens > most, "prompt", || {
+        let embeds = self.task == Task::Embed;
+        refuse_if(embeds && tokens > most, "prompt", || {
             format!("has {tokens} tokens, more than a context of {most} tokens")
         })?;
-        refuse_if(!self.embed && tokens >= most, "prompt", || {
+        refuse_if(!embeds && tokens >= most, "prompt", || {
             format!("has {tokens} tokens and leaves no room for an answer in a context of {most} tokens")
         })?;
         check_ids(&self.prompt, limits, "prompt")

@@ -11,7 +11,7 @@ use oxseek_model::{Batch, LanguageModel, LogitRows, ModelError};
 use oxseek_text::Tokenizer;
 
 use crate::{
-    Bans, Ended, EngineOptions, Event, FinishReason, Request, SampleError, Sampler,
+    Bans, Ended, EngineOptions, Event, FinishReason, Request, SampleError, Sampler, Task,
     choice::{Choice, token_info},
     handle::{Command, Monitor, Submission},
     masks::{Guide, Masks},
@@ -306,7 +306,10 @@ impl Worker {
     }
 
     fn embeds(&self, id: SequenceId) -> bool {
-        self.owners.get(&id).and_then(|r| self.open.get(r)).is_some_and(|open| open.request.embed)
+        self.owners
+            .get(&id)
+            .and_then(|r| self.open.get(r))
+            .is_some_and(|open| open.request.task == Task::Embed)
     }
 
     /// Has the masks made that this step's tokens need.

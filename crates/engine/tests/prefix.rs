@@ -9,7 +9,7 @@ use common::{
     BROKEN, ask, assert_empty, expected, expected_hidden, greedy, prompt, read, start, start_counted,
     start_slow, submit,
 };
-use oxseek_engine::{Event, Request, SubmitError};
+use oxseek_engine::{Event, Request, SubmitError, Task};
 
 /// A system prompt and a question.
 fn shared(question: u32) -> Vec<u32> {
@@ -138,7 +138,7 @@ fn a_prompt_is_scored_token_by_token() {
 #[test]
 fn prompts_are_embedded_beside_answers_that_go_on() {
     let engine = start(100, |_| {});
-    let embed = |prompt: Vec<u32>| Request { prompt, embed: true, ..Request::default() };
+    let embed = |prompt: Vec<u32>| Request { prompt, task: Task::Embed, ..Request::default() };
     let other = submit(&engine, greedy(prompt(2, 20), 60));
     // The longest fills the context: nothing follows that would need room. The last two have the same beginning.
     let prompts: Vec<_> =

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use axum::{Json, body::Body, extract::State, http::HeaderMap};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use futures_util::{StreamExt, stream::FuturesUnordered};
-use oxseek_engine::{Event, Request, SubmitError, Ticket, ValidRequest};
+use oxseek_engine::{Event, Request, SubmitError, Task, Ticket, ValidRequest};
 use serde::Serialize;
 use serde_json::json;
 
@@ -47,7 +47,7 @@ pub(crate) async fn embeddings(
         data: data
             .into_iter()
             .enumerate()
-            .map(|(index, embedding)| Embedding { object: "embedding", index, embedding })
+            .map(|(index, embedding)| Entry { object: "embedding", index, embedding })
             .collect(),
         model: model.name.clone(),
         usage: Usage { prompt_tokens: tokens, total_tokens: tokens },
@@ -58,13 +58,13 @@ pub(crate) async fn embeddings(
 #[derive(Serialize)]
 pub(crate) struct Embeddings {
     object: &'static str,
-    data: Vec<Embedding>,
+    data: Vec<Entry>,
     model: String,
     usage: Usage,
 }
 
 #[derive(Serialize)]
-struct Embedding {
+struct Entry {
     object: &'static str,
     index: usize,
     embedding: Encoded,
@@ -137,7 +137,8 @@ fn request(model: &Model, input: Prompt) -> Result<ValidRequest, ApiError> {
     if input.is_empty() {
         return Err(ApiError::invalid("input", "an input is empty"));
     }
-    let request = Request { prompt: input.tokens(model, "input", None)?, embed: true, ..Request::default() };
+    let request =
+        Request { prompt: input.tokens(model, "input", None)?, task: Task::Embed, ..Request::default() };
     request.validate(model.engine.limits()).map_err(|e| ApiError::refused("input", &e))
 }
 
