@@ -6,7 +6,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 use oxseek_backend_cpu::{Level, Precision};
 use oxseek_tensor::{CacheFormat, DType};
 
-use crate::{formats, key::KeyArgs, quantize::Target, serve::entry::EntryArgs};
+use crate::{formats, key::KeyArgs, open::STEP_ROWS_ALONE, quantize::Target, serve::entry::EntryArgs};
 
 /// Runs and serves models of the DeepSeek family.
 ///
@@ -281,8 +281,9 @@ pub struct BenchArgs {
     #[arg(short, long, default_value = "0", value_delimiter = ',')]
     #[arg(value_parser = clap::value_parser!(u32).range(0..=1_048_576))]
     pub depth: Vec<u32>,
-    /// Most rows of one step of a prompt
-    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u16).range(1..=16384))]
+    /// Most rows of one step of a prompt; as many as where one conversation runs, while `serve` takes 512 so that the
+    /// answers of others go on
+    #[arg(long, default_value_t = STEP_ROWS_ALONE, value_parser = clap::value_parser!(u16).range(1..=16384))]
     pub step_rows: u16,
     /// Show where the time went, op by op
     #[arg(long)]

@@ -22,6 +22,8 @@ use crate::{
 pub const CONTEXT_TOKENS_DEFAULT: usize = 4096;
 /// Rows of one step: the most prompt tokens that are computed between two tokens of the other sequences.
 const STEP_ROWS_MAX: usize = 512;
+/// Rows of one step where there are no other sequences: fewer steps read the experts' weights fewer times.
+pub const STEP_ROWS_ALONE: u16 = 2048;
 /// Rows of one step that prompts may be scored with (`prompt_logprobs`), beside one per request.
 const SCORE_ROWS_MAX: usize = 32;
 
@@ -102,10 +104,11 @@ pub fn placed_backend(
 
 /// Sizes of a model that answers `parallel` requests of at most `context` tokens at a time.
 pub fn load_options(context: usize, parallel: usize, cache_format: CacheFormat) -> LoadOptions {
+    let step_rows = if parallel == 1 { context.min(STEP_ROWS_ALONE.into()) } else { STEP_ROWS_MAX };
     LoadOptions {
         context_tokens_max: context,
         cache_blocks: parallel * blocks_for(context),
-        step_rows_max: STEP_ROWS_MAX.max(parallel),
+        step_rows_max: step_rows.max(parallel),
         logit_rows_max: parallel + SCORE_ROWS_MAX,
         cache_format,
     }
