@@ -21,7 +21,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
-    time::{sleep, timeout},
+    time::{MissedTickBehavior, interval, sleep, timeout},
 };
 
 use crate::{
@@ -67,6 +67,9 @@ pub async fn serve(
     let exporter = tokio::spawn(tracer.export(logger, finish.subscribe()));
     let mut shutdown = pin!(shutdown);
     let mut deadline: Option<Instant> = None;
+    // Goes on beside accepted connections: they must not put off the end.
+    let mut drain = interval(DRAIN_POLL);
+    drain.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             accepted = accept(&listener, &places) => {
@@ -88,7 +91,7 @@ pub async fn serve(
                 deadline = Some(Instant::now() + state.options().drain_max);
             }
             // Health checks and refusals are answered while running answers end.
-            () = sleep(DRAIN_POLL), if deadline.is_some() => {
+            _ = drain.tick(), if deadline.is_some() => {
                 if state.is_idle() || deadline.is_some_and(|d| Instant::now() >= d) {
                     break;
                 }
