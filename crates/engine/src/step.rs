@@ -254,7 +254,9 @@ impl Worker {
             self.end(id, Ended::Cut);
             self.close(id);
         }
-        ended.into_iter().for_each(|id| self.close(id));
+        for id in ended {
+            self.close(id);
+        }
     }
 
     /// Plans, runs and commits one step. False when there was nothing to do.
@@ -519,9 +521,15 @@ impl Worker {
             open.end(Ended::Finished, now);
             open.outbox.backlog.push_back(Event::Finished { usage });
         }
+        if done && open.outbox.fits() {
+            // Whoever sees the end may ask again at once: the place is free by then.
+            if let Some(mut outbox) = self.close(request_id) {
+                outbox.flush(now);
+            }
+            return;
+        }
         open.outbox.flush(now);
-        let blocked = open.outbox.blocked_since.is_some();
-        if blocked {
+        if open.outbox.blocked_since.is_some() {
             open.choices.iter().for_each(|c| self.scheduler.pause(c.sequence, true));
         } else if done {
             self.close(request_id);
@@ -566,10 +574,11 @@ impl Worker {
             if failure.broken {
                 open.choices.iter().for_each(|c| self.scheduler.discard(c.sequence));
             }
-            // A reader that is behind sees its stream end without the last event.
-            let _ = open.outbox.channel.try_send(Event::Failed { message: failure.message });
         }
-        self.close(request_id);
+        if let Some(outbox) = self.close(request_id) {
+            // A reader that is behind sees its stream end without the last event.
+            let _ = outbox.channel.try_send(Event::Failed { message: failure.message });
+        }
     }
 
     /// Tells a request's observer how it ended.
@@ -579,14 +588,15 @@ impl Worker {
         }
     }
 
-    /// Forgets a request and frees what it held.
-    fn close(&mut self, request_id: u64) {
-        let Some(open) = self.open.remove(&request_id) else { return };
+    /// Forgets a request and frees what it held; answers what is left of it to send.
+    fn close(&mut self, request_id: u64) -> Option<Outbox> {
+        let open = self.open.remove(&request_id)?;
         for choice in &open.choices {
             self.scheduler.finish(choice.sequence);
             self.owners.remove(&choice.sequence);
         }
         drop(open.place);
+        Some(open.outbox)
     }
 
     /// The model is broken: everybody is told, and nobody waits for anything.
