@@ -163,6 +163,7 @@ impl Engine {
             logprobs_max: 20,
             logit_bias_max: 1024,
             score_rows_max: made.logit_rows_max - sequences_max,
+            embedding_width: made.hidden,
         };
         let monitor = Arc::new(Monitor { counters: Counters::default(), pulse: Pulse::new() });
         let (commands, inbox) = mpsc::channel();

@@ -25,7 +25,7 @@ pub use handle::{Engine, EngineHandle, EngineOptions, SubmitError, Ticket};
 pub use observer::{Ended, Ending, Observer};
 pub use oxseek_model::kv::BLOCK_TOKENS;
 pub use request::{
-    EngineLimits, Event, FinishReason, Matched, Request, RequestError, Sampling, TokenInfo, Usage,
+    EngineLimits, Event, FinishReason, Matched, Request, RequestError, Sampling, Task, TokenInfo, Usage,
     ValidRequest,
 };
 pub use sampler::{Bans, Gate, SampleError, Sampled, Sampler};

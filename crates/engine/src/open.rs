@@ -83,6 +83,11 @@ impl Outbox {
         Self { channel, backlog: VecDeque::new(), blocked_since: None }
     }
 
+    /// Whether the reader takes all of it now.
+    pub(crate) fn fits(&self) -> bool {
+        self.channel.capacity().is_none_or(|most| most - self.channel.len() >= self.backlog.len())
+    }
+
     /// Sends as much as the reader takes.
     pub(crate) fn flush(&mut self, now: Instant) {
         while let Some(event) = self.backlog.pop_front() {

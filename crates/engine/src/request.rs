@@ -52,6 +52,16 @@ impl Default for Sampling {
     }
 }
 
+/// What is done with a prompt.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Task {
+    /// It is continued.
+    #[default]
+    Generate,
+    /// The hidden state of its last token is the answer ([`Event::Embedding`]); nothing is generated.
+    Embed,
+}
+
 /// What is asked of the engine.
 #[derive(Clone)]
 pub struct Request {
@@ -80,6 +90,8 @@ pub struct Request {
     /// Report the log-probability of every token of the prompt but the first, and this many of the most likely ones.
     /// The whole prompt is computed then, whatever is in the cache.
     pub prompt_logprobs: Option<usize>,
+    /// What to do with the prompt.
+    pub task: Task,
     /// Report how far the prompt is ([`Event::Progress`]).
     pub progress: bool,
     /// Only requests with the same salt share cached beginnings.
@@ -105,6 +117,7 @@ impl Default for Request {
             logprobs: None,
             grammar: None,
             prompt_logprobs: None,
+            task: Task::Generate,
             progress: false,
             cache_salt: None,
             tenant: 0,
@@ -134,6 +147,8 @@ pub struct EngineLimits {
     pub logit_bias_max: usize,
     /// Rows of logits in a step that prompts may be scored with; without any, `prompt_logprobs` is refused.
     pub score_rows_max: usize,
+    /// Width of an embedding.
+    pub embedding_width: usize,
 }
 
 /// A request that an engine cannot take. The message never quotes the prompt.
@@ -147,6 +162,7 @@ pub struct RequestError {
 }
 
 /// A request that is valid by construction: every id and every size is within the engine's limits.
+#[derive(Clone)]
 pub struct ValidRequest(pub(crate) Request);
 
 impl ValidRequest {
@@ -191,19 +207,22 @@ impl Request {
         })?;
         let asked = self.max_tokens.unwrap_or(usize::MAX);
         refuse_if(self.min_tokens > asked, "min_tokens", || format!("is more than max_tokens, {asked}"))?;
-        let room = limits.context_tokens_max - self.prompt.len();
+        let embeds = self.task == Task::Embed;
+        refuse_if(embeds && self.n > 1, "n", || "must be 1 for an embedding".into())?;
+        let room = if embeds { 0 } else { limits.context_tokens_max - self.prompt.len() };
         self.max_tokens = Some(asked.min(room));
         Ok(ValidRequest(self))
     }
 
     fn check_prompt(&self, limits: &EngineLimits) -> Result<(), RequestError> {
         refuse_if(self.prompt.is_empty(), "prompt", || "has no tokens".into())?;
-        refuse_if(self.prompt.len() >= limits.context_tokens_max, "prompt", || {
-            format!(
-                "has {} tokens and leaves no room for an answer in a context of {} tokens",
-                self.prompt.len(),
-                limits.context_tokens_max
-            )
+        let (tokens, most) = (self.prompt.len(), limits.context_tokens_max);
+        let embeds = self.task == Task::Embed;
+        refuse_if(embeds && tokens > most, "prompt", || {
+            format!("has {tokens} tokens, more than a context of {most} tokens")
+        })?;
+        refuse_if(!embeds && tokens >= most, "prompt", || {
+            format!("has {tokens} tokens and leaves no room for an answer in a context of {most} tokens")
         })?;
         check_ids(&self.prompt, limits, "prompt")
     }
@@ -282,6 +301,13 @@ pub enum Event {
         start: usize,
         /// The tokens.
         tokens: Vec<TokenInfo>,
+        /// How many tokens are at least as likely as each of them: 1 for the most likely one.
+        ranks: Vec<usize>,
+    },
+    /// The hidden state of the prompt's last token after the final norm, where asked for.
+    Embedding {
+        /// [`EngineLimits::embedding_width`] values; not scaled.
+        values: Vec<f32>,
     },
     /// More of an answer.
     Delta {
@@ -382,6 +408,7 @@ mod tests {
         logprobs_max: 20,
         logit_bias_max: 3,
         score_rows_max: 4,
+        embedding_width: 8,
     };
 
     fn sampling(change: impl FnOnce(&mut Sampling)) -> Request {

@@ -312,6 +312,12 @@ pub(crate) fn score(row: &[f32], id: u32, n: usize) -> Sampled {
     Sampled { id, logprob, top }
 }
 
+/// How many tokens of a row are at least as likely as `id`: 1 for the most likely one.
+pub(crate) fn rank(row: &[f32], id: u32) -> usize {
+    let logit = row[id as usize];
+    row.iter().filter(|&&l| l >= logit).count()
+}
+
 /// Log-probability of `id`, and the `n` most likely tokens with theirs, among those that `gate` lets through.
 pub(crate) fn log_probabilities(logits: &[f32], gate: Gate<'_>, id: u32, n: usize) -> (f32, Vec<(u32, f32)>) {
     let finite = || logits.iter().enumerate().filter(|&(id, l)| l.is_finite() && gate.lets(id));

@@ -11,12 +11,12 @@ use oxseek_model::{Batch, LanguageModel, LogitRows, ModelError};
 use oxseek_text::Tokenizer;
 
 use crate::{
-    Bans, Ended, EngineOptions, Event, FinishReason, Request, SampleError, Sampler,
+    Bans, Ended, EngineOptions, Event, FinishReason, Request, SampleError, Sampler, Task,
     choice::{Choice, token_info},
     handle::{Command, Monitor, Submission},
     masks::{Guide, Masks},
     open::{Open, Outbox},
-    sampler::score,
+    sampler::{rank, score},
     scheduler::{Arrival, Scheduler, SchedulerLimits, SequenceId, Wanted},
     stats::{add, set},
 };
@@ -40,6 +40,8 @@ pub(crate) struct Worker {
     batch: Batch,
     wanted: Vec<Wanted>,
     logits: Vec<f32>,
+    /// Hidden states of the rows of logits, in a step that completes a prompt to embed; else what an earlier one left.
+    hidden: Vec<f32>,
     masks: Masks,
 }
 
@@ -95,6 +97,7 @@ impl Worker {
             batch: Batch::default(),
             wanted: Vec::new(),
             logits,
+            hidden: Vec::new(),
             masks: Masks::new(),
         }
     }
@@ -251,7 +254,9 @@ impl Worker {
             self.end(id, Ended::Cut);
             self.close(id);
         }
-        ended.into_iter().for_each(|id| self.close(id));
+        for id in ended {
+            self.close(id);
+        }
     }
 
     /// Plans, runs and commits one step. False when there was nothing to do.
@@ -284,12 +289,29 @@ impl Worker {
     /// Runs the batch. A panic in a kernel must cost the requests of the step, not the engine: None stands for one.
     fn forward(&mut self) -> Result<(), Option<ModelError>> {
         let rows = self.batch.logit_rows() * self.model.limits().vocab;
+        let embeds = self.wanted.iter().any(|w| w.draw && self.embeds(w.id));
         let (model, batch, logits) = (&mut self.model, &self.batch, &mut self.logits[..rows]);
-        match catch_unwind(AssertUnwindSafe(|| model.forward(batch, logits))) {
+        let hidden = &mut self.hidden;
+        let run = || {
+            model.forward(batch, logits)?;
+            if !embeds {
+                return Ok(());
+            }
+            hidden.resize(batch.logit_rows() * model.limits().hidden, 0.0);
+            model.read_hidden(batch.logit_rows(), hidden)
+        };
+        match catch_unwind(AssertUnwindSafe(run)) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(e)) => Err(Some(e)),
             Err(_) => Err(None),
         }
+    }
+
+    fn embeds(&self, id: SequenceId) -> bool {
+        self.owners
+            .get(&id)
+            .and_then(|r| self.open.get(r))
+            .is_some_and(|open| open.request.task == Task::Embed)
     }
 
     /// Has the masks made that this step's tokens need.
@@ -370,13 +392,39 @@ impl Worker {
             return Err(SampleError::NotFinite.into());
         }
         self.report_scores(request_id, wanted, rows.start);
-        if wanted.draw {
+        if wanted.draw && self.embeds(wanted.id) {
+            self.commit_embedding(request_id, wanted.id, rows.end - 1, now)?;
+        } else if wanted.draw {
             self.commit_draw(request_id, wanted.id, (rows.end - 1) * vocab..rows.end * vocab, now)?;
             if let Some(open) = self.open.get_mut(&request_id) {
                 open.note_token(now);
             }
         }
         self.end_if_done(request_id, now);
+        Ok(())
+    }
+
+    /// The prompt is done: its last row's hidden state is the answer.
+    fn commit_embedding(
+        &mut self,
+        request_id: u64,
+        sequence: SequenceId,
+        row: usize,
+        now: Instant,
+    ) -> Result<(), Failure> {
+        let width = self.model.limits().hidden;
+        let values = self.hidden[row * width..(row + 1) * width].to_vec();
+        if !all_finite(&values) {
+            return Err(SampleError::NotFinite.into());
+        }
+        let Some(open) = self.open.get_mut(&request_id) else { return Ok(()) };
+        open.first_token = Some(now);
+        self.scheduler.finish(sequence);
+        open.choices.iter_mut().for_each(|c| c.done = true);
+        let done = Event::Done { choice: 0, reason: FinishReason::Stop, matched: None };
+        let events = [Event::Embedding { values }, done];
+        open.note_done(&events);
+        open.outbox.backlog.extend(events);
         Ok(())
     }
 
@@ -387,14 +435,15 @@ impl Worker {
         let Some(count) = open.request.prompt_logprobs.filter(|_| open.first_token.is_none()) else { return };
         let start = wanted.position + 1;
         let Some(prompt) = open.request.prompt.get(start..) else { return };
-        let tokens: Vec<_> = prompt
+        let rows = self.logits[first_row * vocab..].chunks_exact(vocab);
+        let (tokens, ranks): (Vec<_>, Vec<_>) = prompt
             .iter()
             .take(wanted.rows)
-            .zip(self.logits[first_row * vocab..].chunks_exact(vocab))
-            .map(|(&id, row)| token_info(score(row, id, count), &self.tokenizer))
-            .collect();
+            .zip(rows)
+            .map(|(&id, row)| (token_info(score(row, id, count), &self.tokenizer), rank(row, id)))
+            .unzip();
         if !tokens.is_empty() {
-            open.outbox.backlog.push_back(Event::PromptLogprobs { start, tokens });
+            open.outbox.backlog.push_back(Event::PromptLogprobs { start, tokens, ranks });
         }
     }
 
@@ -472,9 +521,15 @@ impl Worker {
             open.end(Ended::Finished, now);
             open.outbox.backlog.push_back(Event::Finished { usage });
         }
+        if done && open.outbox.fits() {
+            // Whoever sees the end may ask again at once: the place is free by then.
+            if let Some(mut outbox) = self.close(request_id) {
+                outbox.flush(now);
+            }
+            return;
+        }
         open.outbox.flush(now);
-        let blocked = open.outbox.blocked_since.is_some();
-        if blocked {
+        if open.outbox.blocked_since.is_some() {
             open.choices.iter().for_each(|c| self.scheduler.pause(c.sequence, true));
         } else if done {
             self.close(request_id);
@@ -519,10 +574,11 @@ impl Worker {
             if failure.broken {
                 open.choices.iter().for_each(|c| self.scheduler.discard(c.sequence));
             }
-            // A reader that is behind sees its stream end without the last event.
-            let _ = open.outbox.channel.try_send(Event::Failed { message: failure.message });
         }
-        self.close(request_id);
+        if let Some(outbox) = self.close(request_id) {
+            // A reader that is behind sees its stream end without the last event.
+            let _ = outbox.channel.try_send(Event::Failed { message: failure.message });
+        }
     }
 
     /// Tells a request's observer how it ended.
@@ -532,14 +588,15 @@ impl Worker {
         }
     }
 
-    /// Forgets a request and frees what it held.
-    fn close(&mut self, request_id: u64) {
-        let Some(open) = self.open.remove(&request_id) else { return };
+    /// Forgets a request and frees what it held; answers what is left of it to send.
+    fn close(&mut self, request_id: u64) -> Option<Outbox> {
+        let open = self.open.remove(&request_id)?;
         for choice in &open.choices {
             self.scheduler.finish(choice.sequence);
             self.owners.remove(&choice.sequence);
         }
         drop(open.place);
+        Some(open.outbox)
     }
 
     /// The model is broken: everybody is told, and nobody waits for anything.

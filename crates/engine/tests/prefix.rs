@@ -6,9 +6,10 @@ mod common;
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
 use common::{
-    BROKEN, ask, assert_empty, expected, greedy, prompt, read, start, start_counted, start_slow, submit,
+    BROKEN, ask, assert_empty, expected, expected_hidden, greedy, prompt, read, start, start_counted,
+    start_slow, submit,
 };
-use oxseek_engine::{Event, Request, SubmitError};
+use oxseek_engine::{Event, Request, SubmitError, Task};
 
 /// A system prompt and a question.
 fn shared(question: u32) -> Vec<u32> {
@@ -108,8 +109,12 @@ fn a_prompt_is_scored_token_by_token() {
     let (mut scored, mut deltas) = (Vec::new(), 0);
     while let Some(event) = ticket.next_blocking() {
         match event {
-            Event::PromptLogprobs { start, tokens } => {
+            Event::PromptLogprobs { start, tokens, ranks } => {
                 assert_eq!((start, deltas), (1 + scored.len(), 0), "in order and before the answer");
+                for (token, rank) in tokens.iter().zip(&ranks) {
+                    let place = token.top.iter().position(|t| t.0 == token.id);
+                    assert!(place.map_or(*rank > 2, |place| place + 1 == *rank), "{rank} {token:?}");
+                }
                 scored.extend(tokens);
             }
             Event::Delta { .. } => deltas += 1,
@@ -128,6 +133,38 @@ fn a_prompt_is_scored_token_by_token() {
     }
     assert_eq!(read(other, 1).unwrap().ids[0], expected(&prompt(2, 20), 60));
     assert_empty(&engine);
+}
+
+#[test]
+fn prompts_are_embedded_beside_answers_that_go_on() {
+    let engine = start(100, |_| {});
+    let embed = |prompt: Vec<u32>| Request { prompt, task: Task::Embed, ..Request::default() };
+    let other = submit(&engine, greedy(prompt(2, 20), 60));
+    // The longest fills the context: nothing follows that would need room. The last two have the same beginning.
+    let prompts: Vec<_> =
+        [1, 64, 65, 1000, 130, 7, 128, 300, 299].iter().map(|&n| prompt(n as u32 / 300, n)).collect();
+    let tickets: Vec<_> = prompts.iter().map(|p| submit(&engine, embed(p.clone()))).collect();
+    for (prompt, mut ticket) in prompts.iter().zip(tickets) {
+        let events: Vec<Event> = std::iter::from_fn(|| ticket.next_blocking()).collect();
+        let [Event::Embedding { values }, Event::Done { .. }, Event::Finished { usage }] = &events[..] else {
+            panic!("{events:?}");
+        };
+        assert_eq!(values, &expected_hidden(prompt), "prompt of {}", prompt.len());
+        assert_eq!((usage.prompt_tokens, usage.completion_tokens), (prompt.len(), 0));
+    }
+    assert_eq!(read(other, 1).unwrap().ids[0], expected(&prompt(2, 20), 60));
+    // One that cannot be computed, and one whose reader leaves, cost nobody else anything.
+    let mut broken = submit(&engine, embed(vec![1, BROKEN]));
+    assert!(matches!(broken.next_blocking(), Some(Event::Failed { .. })));
+    drop(submit(&engine, embed(prompt(3, 900))));
+    assert_empty(&engine);
+    for (request, field) in [
+        (embed(vec![]), "prompt"),
+        (embed(prompt(1, 1001)), "prompt"),
+        (Request { n: 2, ..embed(vec![1]) }, "n"),
+    ] {
+        assert_eq!(request.validate(engine.limits()).map(drop).unwrap_err().field, field);
+    }
 }
 
 #[test]

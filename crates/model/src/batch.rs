@@ -107,6 +107,8 @@ pub struct ModelLimits {
     pub step_rows_max: usize,
     /// Most rows of logits in one step.
     pub logit_rows_max: usize,
+    /// Width of a hidden state.
+    pub hidden: usize,
 }
 
 /// A causal language model with a paged cache. The engine thread is its only user.
@@ -120,6 +122,13 @@ pub trait LanguageModel: Send {
     /// # Errors
     /// [`ModelError`]; the cache rows of this step are then undefined, everything else is as before.
     fn forward(&mut self, batch: &Batch, logits: &mut [f32]) -> Result<(), ModelError>;
+
+    /// Reads the hidden states that the last forward's rows of logits were made of: after the final norm,
+    /// `[rows, hidden]`, the first `rows` of them in the same order.
+    ///
+    /// # Errors
+    /// [`ModelError`] when the step had fewer rows of logits.
+    fn read_hidden(&mut self, rows: usize, out: &mut [f32]) -> Result<(), ModelError>;
 
     /// Copies cache block `from` to `to` (a sequence is forked in the middle of a block).
     ///

@@ -317,6 +317,7 @@ impl LanguageModel for DeepSeek {
             cache_blocks: self.options.cache_blocks,
             step_rows_max: self.options.step_rows_max,
             logit_rows_max: self.options.logit_rows_max,
+            hidden: self.config.hidden_size,
         }
     }
 
@@ -328,6 +329,16 @@ impl LanguageModel for DeepSeek {
         self.run(batch.tokens.len())?;
         self.hidden_rows = self.logit_rows.len();
         Ok(read_now(&mut *self.backend, self.scratch.logits, self.logit_rows.len(), logits)?)
+    }
+
+    fn read_hidden(&mut self, rows: usize, out: &mut [f32]) -> Result<(), ModelError> {
+        if rows > self.hidden_rows || out.len() != rows * self.config.hidden_size {
+            let (left, room) = (self.hidden_rows, out.len());
+            let why =
+                format!("{rows} hidden states into room for {room} values after a step that left {left}");
+            return Err(ModelError::Batch(why));
+        }
+        Ok(read_now(&mut *self.backend, self.scratch.last, rows, out)?)
     }
 
     fn copy_block(&mut self, from: u32, to: u32) -> Result<(), ModelError> {

@@ -75,7 +75,12 @@ pub async fn stream(mut ticket: Ticket, thinking: bool) -> Result<(String, Optio
             }
             Some(Event::Finished { usage: u, .. }) => usage = Some(u),
             Some(Event::Failed { message }) => return Err(Failure::Run(message)),
-            Some(Event::Done { .. } | Event::Progress { .. } | Event::PromptLogprobs { .. }) => {}
+            Some(
+                Event::Done { .. }
+                | Event::Progress { .. }
+                | Event::PromptLogprobs { .. }
+                | Event::Embedding { .. },
+            ) => {}
             None => break,
         }
     }

@@ -19,12 +19,17 @@ pub fn serve(args: ServeArgs) -> Result<(), Failure> {
 }
 
 async fn listen(args: ServeArgs) -> Result<(), Failure> {
-    let options = args.entry.options(args.host)?;
+    let handed = systemd::listener().map_err(Failure::Run)?;
+    let host = handed.as_ref().map_or(Ok(args.host), |l| l.local_addr().map(|a| a.ip()))?;
+    let options = args.entry.options(host)?;
     let scheme = if options.tls.is_some() { "https" } else { "http" };
-    let address = SocketAddr::new(args.host, args.port);
-    let listener = TcpListener::bind(address)
-        .await
-        .map_err(|e| Failure::Run(format!("cannot listen on {address}: {e}; try another --port")))?;
+    let listener = match handed {
+        Some(handed) => {
+            handed.set_nonblocking(true)?;
+            TcpListener::from_std(handed)?
+        }
+        None => bind(SocketAddr::new(args.host, args.port)).await?,
+    };
     let local = listener.local_addr()?;
     eprintln!("oxseek: listening on {scheme}://{local}");
     let state = AppState::new(options);
@@ -74,6 +79,11 @@ async fn listen(args: ServeArgs) -> Result<(), Failure> {
     }
     // Answers that took longer than they may end with the process.
     result.map_err(Failure::from)
+}
+
+async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
+    let bound = TcpListener::bind(address).await;
+    bound.map_err(|e| Failure::Run(format!("cannot listen on {address}: {e}; try another --port")))
 }
 
 /// Waits for Ctrl-C or SIGTERM.

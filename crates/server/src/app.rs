@@ -21,7 +21,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
-    time::{interval, sleep, timeout},
+    time::{MissedTickBehavior, interval, sleep, timeout},
 };
 
 use crate::{
@@ -33,7 +33,10 @@ use crate::{
     limits::{FLUSH_SECONDS_MAX, HEADER_BYTES_MAX, HEADERS_MAX},
     messages,
     metrics::metrics,
-    openai::{capabilities::capabilities, chat::chat_completions, completions::completions, models},
+    openai::{
+        capabilities::capabilities, chat::chat_completions, completions::completions, embeddings::embeddings,
+        models,
+    },
     openapi::openapi,
     page::{page, part},
     patience::Patient,
@@ -59,10 +62,14 @@ pub async fn serve(
     let (router, doors) = router(state.clone());
     let places = Arc::new(Semaphore::new(state.options().connections_max));
     let closing = watch::Sender::new(false);
+    let finish = watch::Sender::new(false);
+    let (tracer, logger) = (state.tracer().clone(), state.logger().clone());
+    let exporter = tokio::spawn(tracer.export(logger, finish.subscribe()));
     let mut shutdown = pin!(shutdown);
     let mut deadline: Option<Instant> = None;
-    // Not a sleep of each round: new connections would begin it anew for ever.
-    let mut look = interval(DRAIN_POLL);
+    // Goes on beside accepted connections: they must not put off the end.
+    let mut drain = interval(DRAIN_POLL);
+    drain.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             accepted = accept(&listener, &places) => {
@@ -84,7 +91,7 @@ pub async fn serve(
                 deadline = Some(Instant::now() + state.options().drain_max);
             }
             // Health checks and refusals are answered while running answers end.
-            _ = look.tick(), if deadline.is_some() => {
+            _ = drain.tick(), if deadline.is_some() => {
                 if state.is_idle() || deadline.is_some_and(|d| Instant::now() >= d) {
                     break;
                 }
@@ -97,6 +104,8 @@ pub async fn serve(
     let connections = places.acquire_many(state.options().connections_max as u32);
     let ended = async { tokio::join!(connections, doors.sockets.close()) };
     let _ = timeout(FLUSH_SECONDS_MAX, ended).await;
+    finish.send_replace(true);
+    let _ = timeout(FLUSH_SECONDS_MAX, exporter).await;
     Ok(())
 }
 
@@ -160,6 +169,7 @@ fn router(state: AppState) -> (Router, Doors) {
         .route("/v1/models/{id}", get(models::retrieve))
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(completions))
+        .route("/v1/embeddings", post(embeddings))
         .route("/openapi.json", get(openapi))
         .route("/docs", get(docs))
         .route("/tokenize", post(tokens::tokenize))

@@ -1,11 +1,17 @@
 //! Who asks, and what the asking costs.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
-use axum::{extract::FromRequestParts, http::request::Parts};
+use axum::{
+    extract::FromRequestParts,
+    http::{HeaderMap, request::Parts},
+};
 use oxseek_engine::{Ended, Ending, FinishReason, Observer, SubmitError, Ticket, ValidRequest};
 
 use crate::{
@@ -14,7 +20,8 @@ use crate::{
     logs::{Line, Logger},
     metrics::{Metrics, Refusal},
     quota::{Moment, Reserved},
-    state::Model,
+    state::{AppState, Model},
+    traces::{Operation, Parent, Span, Tracer},
 };
 
 /// Who sent a request. The door puts it into the request's extensions; handlers take it as an argument.
@@ -26,16 +33,26 @@ struct Inner {
     key: Option<Arc<Key>>,
     metrics: Arc<Metrics>,
     logger: Logger,
+    tracer: Tracer,
+    /// The span that the request belongs to.
+    parent: Option<Parent>,
 }
 
 impl Caller {
     pub(crate) fn new(
         request_id: String,
         key: Option<Arc<Key>>,
-        metrics: Arc<Metrics>,
-        logger: Logger,
+        state: &AppState,
+        headers: &HeaderMap,
     ) -> Self {
-        Self(Arc::new(Inner { request_id, key, metrics, logger }))
+        Self(Arc::new(Inner {
+            request_id,
+            key,
+            metrics: Arc::clone(state.metrics()),
+            logger: state.logger().clone(),
+            tracer: state.tracer().clone(),
+            parent: Parent::of(headers),
+        }))
     }
 
     /// The key that was presented; None on a server without keys.
@@ -47,17 +64,51 @@ impl Caller {
     ///
     /// # Errors
     /// A limit of the key, a full queue, or an engine that has stopped.
-    pub(crate) fn submit(&self, model: &Model, request: ValidRequest) -> Result<Ticket, ApiError> {
-        let reserved = self.reserve(request.tokens_max() as u64)?;
-        let tab = Tab { reserved, caller: self.clone() };
+    pub(crate) fn submit(
+        &self,
+        model: &Model,
+        operation: Operation,
+        request: ValidRequest,
+    ) -> Result<Ticket, ApiError> {
+        let tab = self.open_tab(model, operation, request.tokens_max() as u64)?;
+        self.submit_on(&tab, model, request).map_err(|e| self.refuse(e))
+    }
+
+    /// Sets tokens aside for several requests to the engine that are one of the client's.
+    ///
+    /// # Errors
+    /// A limit of the key.
+    pub(crate) fn open_tab(
+        &self,
+        model: &Model,
+        operation: Operation,
+        tokens: u64,
+    ) -> Result<Arc<Tab>, ApiError> {
+        let reserved = self.reserve(tokens)?;
+        let Inner { tracer, request_id, parent, .. } = &*self.0;
+        let span = tracer.begin(operation, &model.name, request_id, parent.as_ref());
+        Ok(Arc::new(Tab { reserved, used: AtomicU64::new(0), span: Mutex::new(span), caller: self.clone() }))
+    }
+
+    /// Queues a request whose tokens are set aside. The tab is settled when the last of its requests has ended and
+    /// nobody holds it for more.
+    pub(crate) fn submit_on(
+        &self,
+        tab: &Arc<Tab>,
+        model: &Model,
+        request: ValidRequest,
+    ) -> Result<Ticket, SubmitError> {
         // Without keys everybody is the same tenant.
         let request = request.on_behalf_of(self.key().map_or(0, |k| k.tenant));
-        let account = Account { tab, began: Instant::now(), reasons: Vec::new() };
-        model.engine.submit_observed(request, Box::new(account)).map_err(|e| {
-            let busy = matches!(e, SubmitError::Busy | SubmitError::TenantBusy);
-            self.0.metrics.refused(if busy { Refusal::Queue } else { Refusal::Stopped });
-            e.into()
-        })
+        let account = Account { tab: Arc::clone(tab), began: Instant::now(), reasons: Vec::new() };
+        model.engine.submit_observed(request, Box::new(account))
+    }
+
+    /// Counts a request that the engine did not take.
+    pub(crate) fn refuse(&self, e: SubmitError) -> ApiError {
+        let busy = matches!(e, SubmitError::Busy | SubmitError::TenantBusy);
+        self.0.metrics.refused(if busy { Refusal::Queue } else { Refusal::Stopped });
+        e.into()
     }
 
     fn reserve(&self, tokens: u64) -> Result<Option<Reserved>, ApiError> {
@@ -77,31 +128,31 @@ impl<S: Sync> FromRequestParts<S> for Caller {
     }
 }
 
-/// What is set aside for a request, and given back however it ends.
-struct Tab {
+/// What is set aside for a request, and replaced by what it used however it ends. One that was not taken, or whose
+/// engine died, pays nothing.
+pub(crate) struct Tab {
     reserved: Option<Reserved>,
+    used: AtomicU64,
+    span: Mutex<Option<Span>>,
     caller: Caller,
 }
 
-impl Tab {
-    fn settle(&mut self, used: u64) {
+impl Drop for Tab {
+    fn drop(&mut self) {
         if let (Some(reserved), Some(key)) = (self.reserved.take(), self.caller.key()) {
-            key.book.settle(reserved, used, Moment::now());
+            key.book.settle(reserved, *self.used.get_mut(), Moment::now());
             key.book.leave();
         }
-    }
-}
-
-impl Drop for Tab {
-    /// A request that was not taken, or whose engine died, pays nothing.
-    fn drop(&mut self) {
-        self.settle(0);
+        if let Some(mut span) = self.span.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+            span.close();
+            self.caller.0.tracer.end(span);
+        }
     }
 }
 
 /// Keeps the books of one request on the engine's thread.
 struct Account {
-    tab: Tab,
+    tab: Arc<Tab>,
     began: Instant,
     reasons: Vec<FinishReason>,
 }
@@ -120,7 +171,11 @@ impl Observer for Account {
         // What the engine failed at is not the client's to pay.
         let used =
             if ending.how == Ended::Failed { 0 } else { usage.prompt_tokens + usage.completion_tokens };
-        self.tab.settle(used as u64);
+        self.tab.used.fetch_add(used as u64, Ordering::Relaxed);
+        // Held for a few instructions, by parts of the same request.
+        if let Some(span) = self.tab.span.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            span.add(ending, &self.reasons);
+        }
         let inner = &self.tab.caller.0;
         inner.metrics.ended(ending, &self.reasons, self.began.elapsed());
         let key = inner.key.as_ref().map(|k| k.name.as_str());

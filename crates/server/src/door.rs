@@ -68,8 +68,8 @@ pub(crate) async fn door(State(state): State<AppState>, mut request: Request, ne
         match admit(&state, &request, route.as_deref()) {
             Ok(found) => {
                 key = found;
-                let (metrics, logger) = (Arc::clone(state.metrics()), state.logger().clone());
-                request.extensions_mut().insert(Caller::new(id.clone(), key.clone(), metrics, logger));
+                let caller = Caller::new(id.clone(), key.clone(), &state, request.headers());
+                request.extensions_mut().insert(caller);
                 run(&state, request, next).await
             }
             Err(e) => e.into_response(),

@@ -8,7 +8,10 @@ use axum::{
 use oxseek_engine::{RequestError, SubmitError};
 use serde_json::{Value, json};
 
-use crate::quota::{Exceeded, Limit};
+use crate::{
+    json::JsonError,
+    quota::{Exceeded, Limit},
+};
 
 /// An error that a client gets. Its message never quotes a prompt.
 #[derive(Debug, Clone, PartialEq)]
@@ -50,6 +53,14 @@ impl ApiError {
     /// A body that is no JSON object.
     pub(crate) fn body(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+    }
+
+    /// A body or a message (`what`) that is no JSON, or holds a key twice.
+    pub(crate) fn json(what: &str, e: JsonError) -> Self {
+        match e {
+            JsonError::Syntax(why) => Self::body(format!("the {what} is not valid JSON: {why}")),
+            JsonError::Twice(place) => Self::invalid(place, "is there twice"),
+        }
     }
 
     pub(crate) fn content_type() -> Self {

@@ -30,12 +30,16 @@ pub const JSON_DEPTH_MAX: usize = 64;
 pub const MESSAGES_MAX: usize = 4096;
 /// Most prompts of one completions request.
 pub const PROMPTS_MAX: usize = 64;
+/// Most inputs of one embeddings request, OpenAI's bound.
+pub const EMBEDDING_INPUTS_MAX: usize = 2048;
 /// Longest request id that is taken over from a client.
 pub const REQUEST_ID_BYTES_MAX: usize = 128;
 /// Longest API key that is looked at.
 pub const KEY_BYTES_MAX: usize = 512;
 /// Lines of the log that may wait to be written; more are counted and dropped.
 pub const LOG_LINES_MAX: usize = 4096;
+/// Spans that may wait to be sent to a collector; more are counted and dropped.
+pub const SPANS_MAX: usize = 2048;
 /// Most open WebSockets; they do not count as connections.
 pub const SOCKETS_MAX: usize = 256;
 /// Answers that run at the same time on one WebSocket.

@@ -261,6 +261,18 @@ fn server_rows(state: &AppState, labels: &str, out: &mut String) {
     let _ = writeln!(out, "oxseek_connections {}", m.connections.load(Relaxed));
     head("oxseek_log_lines_dropped_total", "counter", "Lines of the log that found no place", out);
     let _ = writeln!(out, "oxseek_log_lines_dropped_total{{{labels}}} {}", state.logger().dropped());
+    let (sent, dropped) = state.tracer().counts();
+    for (name, help, count) in [
+        ("oxseek_spans_sent_total", "Spans that the collector took", sent),
+        (
+            "oxseek_spans_dropped_total",
+            "Spans that found no place or that the collector did not take",
+            dropped,
+        ),
+    ] {
+        head(name, "counter", help, out);
+        let _ = writeln!(out, "{name}{{{labels}}} {count}");
+    }
     head("vllm:request_success_total", "counter", "Answers by how they ended", out);
     for (reason, count) in REASONS.iter().zip(&m.reasons) {
         let count = count.load(Relaxed);

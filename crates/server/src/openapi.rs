@@ -28,7 +28,7 @@ struct Operation {
     parse: fn(&Model, &[u8]) -> Result<(), ApiError>,
 }
 
-const POSTS: [Operation; 8] = [
+const POSTS: [Operation; 9] = [
     Operation {
         path: "/v1/chat/completions",
         about: "Answers a conversation",
@@ -40,6 +40,12 @@ const POSTS: [Operation; 8] = [
         about: "Continues texts",
         streams: true,
         parse: openai::completions::check,
+    },
+    Operation {
+        path: "/v1/embeddings",
+        about: "Embeds texts: the final hidden state of the last token, after the final norm, scaled to length 1",
+        streams: false,
+        parse: openai::embeddings::check,
     },
     Operation {
         path: "/v1/responses",

@@ -26,6 +26,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use crate::{
     doors::Doors,
     error::ApiError,
+    json,
     limits::{BODY_BYTES_MAX, SOCKETS_MAX},
     relay::Asker,
 };
@@ -100,7 +101,7 @@ fn is_same_origin(headers: &HeaderMap) -> bool {
 
 /// A message from the client, as the JSON that it must be.
 fn parse(text: &str) -> Result<Value, ApiError> {
-    serde_json::from_str(text).map_err(|e| ApiError::body(format!("the message is not valid JSON: {e}")))
+    json::parse(text.as_bytes()).map_err(|e| ApiError::json("message", e))
 }
 
 /// The error of a message that is no text.

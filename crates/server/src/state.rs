@@ -21,6 +21,7 @@ use crate::{
     metrics::Metrics,
     origin::Origins,
     tls::Tls,
+    traces::Tracer,
 };
 
 /// The model that is served.
@@ -49,6 +50,8 @@ pub struct ServerOptions {
     pub origins: Origins,
     /// Where events are written.
     pub logger: Logger,
+    /// Where spans of requests are sent.
+    pub tracer: Tracer,
     /// None speaks plain HTTP.
     pub tls: Option<Tls>,
     /// How long running answers may take after the server was told to stop.
@@ -62,12 +65,13 @@ pub struct ServerOptions {
 }
 
 impl Default for ServerOptions {
-    /// No keys, no foreign pages, no log, no TLS.
+    /// No keys, no foreign pages, no log, no traces, no TLS.
     fn default() -> Self {
         Self {
             keyring: Keyring::default(),
             origins: Origins::default(),
             logger: Logger::default(),
+            tracer: Tracer::default(),
             tls: None,
             drain_max: DRAIN_SECONDS_MAX,
             connections_max: CONNECTIONS_MAX,
@@ -162,6 +166,10 @@ impl AppState {
 
     pub(crate) fn logger(&self) -> &Logger {
         &self.0.options.logger
+    }
+
+    pub(crate) fn tracer(&self) -> &Tracer {
+        &self.0.options.tracer
     }
 
     pub(crate) fn metrics(&self) -> &Arc<Metrics> {

@@ -122,6 +122,36 @@ fn wrong_token_requests_name_the_field() {
 }
 
 #[test]
+fn no_door_takes_a_key_twice() {
+    let (server, _engine) = Server::ready(1, 1);
+    let body = r#"{"model": "oxseek-demo", "metadata": {"a": 1, "a": 1}}"#;
+    for path in [
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/responses/input_tokens",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/tokenize",
+        "/detokenize",
+    ] {
+        let answer = server.post(path, body.as_bytes());
+        assert_eq!(answer.status, 400, "{path}: {answer:?}");
+        assert!(answer.body.contains("metadata.a: is there twice"), "{path}: {answer:?}");
+    }
+    for path in ["/ws", "/v1/responses"] {
+        let mut socket = Socket::open(&server, path);
+        socket.0.send(Message::text(body)).unwrap();
+        let error = socket.next().unwrap();
+        assert_eq!(
+            (&error["type"], &error["error"]["param"]),
+            (&json!("error"), &json!("metadata.a")),
+            "{path}"
+        );
+    }
+}
+
+#[test]
 fn answers_over_a_socket_are_those_of_http() {
     let (server, engine) = Server::ready(4, 4);
     let heroes = ["a cat", "two frogs", "the sea"];

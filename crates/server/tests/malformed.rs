@@ -11,7 +11,7 @@ const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
 
 /// Fields added to a good chat request, and the field that the error must name.
-const CHAT_FIELDS: [(&str, &str); 93] = [
+const CHAT_FIELDS: [(&str, &str); 102] = [
     // Templates are the model's.
     (r#""chat_template": "{{ 1 }}""#, "chat_template"),
     (r#""temperature": "hot""#, "temperature"),
@@ -119,10 +119,19 @@ const CHAT_FIELDS: [(&str, &str); 93] = [
     (r#""metadata": "x""#, "metadata"),
     (r#""store": true"#, "store"),
     (r#""speed": "fast""#, "speed"),
+    (r#""prompt_logprobs": true"#, "prompt_logprobs"),
+    (r#""prompt_logprobs": -1"#, "prompt_logprobs"),
+    (r#""prompt_logprobs": 1.5"#, "prompt_logprobs"),
+    (r#""prompt_logprobs": 21"#, "prompt_logprobs"),
+    (r#""prompt_logprobs": 0, "stream": true"#, "prompt_logprobs"),
+    (r#""seed": 1, "seed": 1"#, "seed"),
+    (r#""seed": 1, "\u0073eed": 2"#, "seed"),
+    (r#""metadata": {"a": [0, {"b": 1, "b": 2}]}"#, "metadata.a[1].b"),
+    (r#""json_schema": "{\"type\": 1, \"type\": 2}""#, "json_schema"),
 ];
 
 /// Whole chat bodies.
-const CHAT_BODIES: [(&str, &str); 40] = [
+const CHAT_BODIES: [(&str, &str); 42] = [
     ("", ""),
     ("{", ""),
     ("[]", ""),
@@ -133,6 +142,8 @@ const CHAT_BODIES: [(&str, &str); 40] = [
     ("{} {}", ""),
     ("{'messages': []}", ""),
     ("{\"messages\": [], \"messages\": []}", "messages"),
+    ("{\"messages\": [{\"role\": \"user\", \"role\": \"system\"}]}", "messages[0].role"),
+    ("{\"model\": \"m\", \"model\": ", "model"),
     ("{\"temperature\": NaN}", ""),
     ("{}", "messages"),
     (r#"{"messages": null}"#, "messages"),
@@ -175,7 +186,7 @@ const CHAT_BODIES: [(&str, &str); 40] = [
 ];
 
 /// Whole bodies of text completions.
-const TEXT_BODIES: [(&str, &str); 20] = [
+const TEXT_BODIES: [(&str, &str); 23] = [
     ("{}", "prompt"),
     (r#"{"prompt": null}"#, "prompt"),
     (r#"{"prompt": 5}"#, "prompt"),
@@ -190,12 +201,15 @@ const TEXT_BODIES: [(&str, &str); 20] = [
     (r#"{"prompt": {"a": 1}}"#, "prompt"),
     (r#"{"prompt": "x", "logprobs": true}"#, "logprobs"),
     (r#"{"prompt": "x", "logprobs": 21}"#, "logprobs"),
-    (r#"{"prompt": "x", "logprobs": 1, "echo": true}"#, "logprobs"),
+    (r#"{"prompt": "x", "logprobs": 1, "echo": true, "suffix": "y"}"#, "logprobs"),
+    (r#"{"prompt": "x", "prompt_logprobs": 1, "stream": true}"#, "prompt_logprobs"),
+    (r#"{"prompt": "x", "prompt_logprobs": 21}"#, "prompt_logprobs"),
     (r#"{"prompt": "x", "echo": 1}"#, "echo"),
     (r#"{"prompt": "x", "best_of": 3}"#, "best_of"),
     (r#"{"prompt": "x", "suffix": 7}"#, "suffix"),
     (r#"{"prompt": "x", "messages": []}"#, "messages"),
     (r#"{"prompt": "x", "max_tokens": 0}"#, "max_tokens"),
+    (r#"{"prompt": "x", "prompt": "y"}"#, "prompt"),
 ];
 
 /// Whether this is the error of a refused request, with every part that OpenAI's clients read.
@@ -298,9 +312,7 @@ fn wrong_requests_are_refused() {
     check_error(&answer, 404, "model", "an unknown model");
     assert_eq!(answer.json()["error"]["code"], "model_not_found");
     check_error(&server.get("/v1/models/gpt-9"), 404, "model", "an unknown model's page");
-    for path in
-        ["/v1", "/v1/chat", "/v1/embeddings", "/v2/models", "/../etc/passwd", "/%00", "/v1/models/a/b"]
-    {
+    for path in ["/v1", "/v1/chat", "/v1/images", "/v2/models", "/../etc/passwd", "/%00", "/v1/models/a/b"] {
         check_error(&server.get(path), 404, "", path);
     }
     for (method, path) in

@@ -18,6 +18,8 @@ use oxseek_model::{Batch, LanguageModel, LogitRows, ModelError, ModelLimits, kv:
 use oxseek_text::Tokenizer;
 
 pub const VOCAB: usize = 300;
+/// The fake hidden state is the beginning of the row of logits.
+pub const HIDDEN: usize = 8;
 /// A token on which the fake model fails, one on which it panics, one on which one of its logits is NaN.
 pub const FAIL: u32 = 297;
 pub const PANIC: u32 = 298;
@@ -31,6 +33,7 @@ pub struct Fake {
     step: Duration,
     /// Rows that were computed.
     rows: Arc<AtomicU64>,
+    hidden: Vec<f32>,
     fatal: bool,
 }
 
@@ -42,12 +45,14 @@ impl Fake {
             cache_blocks,
             step_rows_max: 64,
             logit_rows_max: 8 + 4,
+            hidden: HIDDEN,
         };
         Self {
             limits,
             cache: vec![[0; BLOCK_TOKENS]; cache_blocks],
             step,
             rows: Arc::default(),
+            hidden: Vec::new(),
             fatal: false,
         }
     }
@@ -103,6 +108,12 @@ impl LanguageModel for Fake {
                 }
             }
         }
+        self.hidden = logits.chunks_exact(VOCAB).flat_map(|row| row[..HIDDEN].to_vec()).collect();
+        Ok(())
+    }
+
+    fn read_hidden(&mut self, rows: usize, out: &mut [f32]) -> Result<(), ModelError> {
+        out.copy_from_slice(&self.hidden[..rows * HIDDEN]);
         Ok(())
     }
 
@@ -139,7 +150,10 @@ pub fn start_counted(
     step: Duration,
     change: impl FnOnce(&mut EngineOptions),
 ) -> (EngineHandle, Arc<AtomicU64>) {
-    let mut options = EngineOptions { eos_tokens: vec![3], ..EngineOptions::default() };
+    // Tests read one answer after the other, however slow the machine is.
+    let patience = Duration::from_secs(600);
+    let mut options =
+        EngineOptions { eos_tokens: vec![3], reader_stall_max: patience, ..EngineOptions::default() };
     change(&mut options);
     let fake = Fake::new(cache_blocks, step);
     let rows = Arc::clone(&fake.rows);
@@ -190,7 +204,7 @@ pub fn read(mut ticket: Ticket, n: usize) -> Result<Answer, String> {
                 return Ok(answer);
             }
             Event::Failed { message } => return Err(message),
-            Event::Progress { .. } | Event::PromptLogprobs { .. } => {}
+            Event::Progress { .. } | Event::PromptLogprobs { .. } | Event::Embedding { .. } => {}
         }
     }
     Err("ended without the last event".into())
@@ -217,6 +231,18 @@ pub fn expected(prompt: &[u32], count: usize) -> Vec<u32> {
         tokens.push(best as u32);
     }
     tokens.split_off(prompt.len())
+}
+
+/// The hidden state of a prompt's last token when the model is asked directly.
+pub fn expected_hidden(prompt: &[u32]) -> Vec<f32> {
+    let mut fake = Fake::new(16, Duration::ZERO);
+    let mut logits = vec![0.0; VOCAB];
+    for (p, &t) in prompt.iter().enumerate() {
+        fake.cache[p / BLOCK_TOKENS][p % BLOCK_TOKENS] = t;
+    }
+    let blocks: Vec<u32> = (0..16).collect();
+    fake.row(&blocks, prompt.len(), &mut logits);
+    logits[..HIDDEN].to_vec()
 }
 
 pub fn wait(engine: &EngineHandle, what: &str, until: impl Fn(&Stats) -> bool) {

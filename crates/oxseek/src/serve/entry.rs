@@ -4,7 +4,7 @@ use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use clap::{Args as ClapArgs, ValueEnum, builder::BoolishValueParser};
 use oxseek_server::{
-    KeyHash, KeyLimits, KeyRecord, Keyring, LogFormat, Logger, Origins, Role, ServerOptions, Tls,
+    KeyHash, KeyLimits, KeyRecord, Keyring, LogFormat, Logger, Origins, Role, ServerOptions, Tls, Tracer,
 };
 
 use crate::failure::Failure;
@@ -45,6 +45,10 @@ pub struct EntryArgs {
     /// One line per request to standard error; prompts and keys are never in it
     #[arg(long, env = "OXSEEK_LOG", value_enum, default_value_t = LogArg::Plain)]
     pub log: LogArg,
+    /// OpenTelemetry collector that gets a span per request, over HTTP in JSON: http://HOST:4318;
+    /// prompts and keys are never in it
+    #[arg(long, env = "OXSEEK_OTLP_ENDPOINT", value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
     /// Seconds that running answers may take after SIGTERM or Ctrl-C
     #[arg(long, env = "OXSEEK_DRAIN_TIMEOUT", value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout: u32,
@@ -64,7 +68,7 @@ impl EntryArgs {
         let records = self.key_records()?;
         if records.is_empty() && !host.is_loopback() && !self.allow_no_key {
             return Err(Failure::Usage(format!(
-                "--host {host} lets others in, and no key is set: give --api-key, --keys, or --allow-no-key \
+                "listening on {host} lets others in, and no key is set: give --api-key, --keys, or --allow-no-key \
                  if whoever reaches this address may use the model"
             )));
         }
@@ -72,6 +76,10 @@ impl EntryArgs {
             (None, None) => None,
             (Some(cert), Some(key)) => Some(Tls::from_files(cert, key).map_err(Failure::Usage)?),
             _ => return Err(Failure::Usage("--tls-cert and --tls-key go together".into())),
+        };
+        let tracer = match &self.otlp_endpoint {
+            None => Tracer::default(),
+            Some(url) => Tracer::to(url).map_err(|e| Failure::Usage(format!("--otlp-endpoint: {e}")))?,
         };
         let format = match self.log {
             LogArg::Off => LogFormat::Off,
@@ -82,6 +90,7 @@ impl EntryArgs {
             keyring: Keyring::new(records, &Keyring::default()),
             origins: Origins { allowed: self.cors_origin.clone(), hosts: self.allowed_host.clone() },
             logger: Logger::to_stderr(format),
+            tracer,
             tls,
             drain_max: Duration::from_secs(self.drain_timeout.into()),
             ..ServerOptions::default()

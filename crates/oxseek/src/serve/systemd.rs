@@ -1,7 +1,37 @@
-//! systemd's notify protocol (sd_notify(3)): one datagram per message to the socket that `NOTIFY_SOCKET` names.
-//! Nothing happens where there is none.
+//! systemd's protocols. Notifications (sd_notify(3)): one datagram per message to the socket that `NOTIFY_SOCKET`
+//! names; nothing happens where there is none. Socket activation (sd_listen_fds(3)): a listening socket that systemd
+//! opened, so that it may be a privileged port and clients wait while the server starts.
 
-use std::time::Duration;
+use std::{net::TcpListener, time::Duration};
+
+/// The listening socket that was handed over (`LISTEN_FDS`, `LISTEN_PID`); None where there is none.
+///
+/// # Errors
+/// When it is no listening TCP socket, or not the only one.
+pub fn listener() -> Result<Option<TcpListener>, String> {
+    let mut passed = sd_listen_fds::get().map_err(|e| format!("LISTEN_FDS, LISTEN_PID: {e}"))?;
+    if passed.len() > 1 {
+        return Err(format!("LISTEN_FDS: {} sockets were handed over, and one can be served", passed.len()));
+    }
+    let Some((_, socket)) = passed.pop() else { return Ok(None) };
+    let listener = TcpListener::from(socket);
+    if listener.local_addr().is_err() || !listens(&listener) {
+        return Err("LISTEN_FDS: what was handed over is no listening TCP socket".into());
+    }
+    Ok(Some(listener))
+}
+
+/// A socket of datagrams has an address, too.
+#[cfg(target_os = "linux")]
+fn listens(socket: &TcpListener) -> bool {
+    rustix::net::sockopt::socket_acceptconn(socket).unwrap_or(false)
+}
+
+/// Nothing is handed over on other systems.
+#[cfg(not(target_os = "linux"))]
+fn listens(_: &TcpListener) -> bool {
+    true
+}
 
 /// Tells systemd something, such as `READY=1`.
 pub fn notify(message: &str) {

@@ -23,15 +23,24 @@ use oxseek_engine::{Event, FinishReason, Matched, Ticket, TokenInfo, Usage};
 use oxseek_text::{Turn, TurnFormat, TurnPart, TurnStart};
 use serde_json::{Map, Value, json};
 
-use super::parameters::Streaming;
+use super::{parameters::Streaming, scores::Scores};
 use crate::error::ApiError;
 
 /// Which of the two routes answers.
 pub(crate) enum Form {
     /// `/v1/chat/completions`: the model's way to write a turn, and what each begins with.
     Chat { format: Arc<TurnFormat>, start: TurnStart },
-    /// `/v1/completions`; texts to put before the answers, one per prompt or none.
-    Text { echo: Vec<String> },
+    /// `/v1/completions`; prompts to put before the answers, or none.
+    Text { echo: Vec<Echo> },
+}
+
+/// A prompt that goes before its answers.
+pub(crate) struct Echo {
+    pub(crate) text: String,
+    /// The bytes of its first token, which has no log-probability.
+    pub(crate) first: Vec<u8>,
+    /// The first token is not in the text: it was put before it.
+    pub(crate) is_first_hidden: bool,
 }
 
 /// Answers on their way out: `n` of them for each ticket.
@@ -41,7 +50,12 @@ pub(crate) struct Answer {
     created: u64,
     model: String,
     n: usize,
-    logprobs: bool,
+    /// Tell log-probabilities: of the tokens and of this many of the most likely ones.
+    logprobs: Option<usize>,
+    /// The same of the prompts, in vLLM's shape.
+    prompt_logprobs: Option<usize>,
+    /// What is known about the tokens of the prompts, one per ticket.
+    scores: Vec<Scores>,
     events: SelectAll<BoxStream<'static, (usize, Option<Event>)>>,
     choices: Vec<ChoiceState>,
     usage: Usage,
@@ -86,7 +100,13 @@ struct End {
 }
 
 impl Answer {
-    pub(crate) fn new(form: Form, model: String, tickets: Vec<Ticket>, n: usize, logprobs: bool) -> Self {
+    pub(crate) fn new(
+        form: Form,
+        model: String,
+        tickets: Vec<Ticket>,
+        n: usize,
+        logprobs: Option<usize>,
+    ) -> Self {
         let count = tickets.len() * n;
         let random = RandomState::new();
         let choice = |i: usize| {
@@ -106,6 +126,8 @@ impl Answer {
             model,
             n,
             logprobs,
+            prompt_logprobs: None,
+            scores: tickets.iter().map(|_| Scores::default()).collect(),
             open: tickets.len(),
             events: tickets.into_iter().enumerate().map(|(prompt, t)| events(prompt, t)).collect(),
             choices: (0..count).map(choice).collect(),
@@ -113,6 +135,11 @@ impl Answer {
             reasoning_tokens: 0,
             form,
         }
+    }
+
+    /// Tells log-probabilities of the prompts too, and of `count` of the most likely tokens.
+    pub(crate) fn with_prompt_logprobs(self, count: Option<usize>) -> Self {
+        Self { prompt_logprobs: count, ..self }
     }
 
     /// The response to the client.
@@ -139,7 +166,7 @@ impl Answer {
                 Some(Event::Delta { choice, text, tokens }) => {
                     let choice = prompt * self.n + choice;
                     let parts = self.choices[choice].split(&text, &tokens);
-                    if !parts.is_empty() || (self.logprobs && !tokens.is_empty()) {
+                    if !parts.is_empty() || (self.logprobs.is_some() && !tokens.is_empty()) {
                         return Some(Ok(vec![Piece::Text { choice, parts, tokens }]));
                     }
                 }
@@ -173,7 +200,8 @@ impl Answer {
                 Some(Event::Progress { done, total, cached }) => {
                     return Some(Ok(vec![Piece::Progress { done, total, cached }]));
                 }
-                Some(Event::PromptLogprobs { .. }) => {}
+                Some(Event::Embedding { .. }) => {}
+                Some(Event::PromptLogprobs { tokens, ranks, .. }) => self.scores[prompt].add(tokens, ranks),
                 Some(Event::Failed { message }) => return Some(Err(ApiError::failed(message))),
                 None => {
                     return Some(Err(ApiError::failed(
@@ -202,11 +230,15 @@ impl Answer {
         let object = if self.is_chat() { "chat.completion" } else { "text_completion" };
         let mut answer = self.frame(object, &choices);
         answer["usage"] = self.usage_json();
+        if let Some(count) = self.prompt_logprobs.filter(|_| self.is_chat()) {
+            answer["prompt_logprobs"] =
+                self.scores.iter().map(|s| s.to_json(count)).next().unwrap_or_default();
+        }
         Ok(answer)
     }
 
     fn whole_choice(&mut self, index: usize, whole: Whole) -> Value {
-        let logprobs = if self.logprobs { self.logprobs_json(index, &whole.tokens) } else { Value::Null };
+        let logprobs = self.whole_logprobs(index, &whole.tokens);
         let mut choice = json!({"index": index, "logprobs": logprobs});
         if let Some(end) = &whole.end {
             choice["finish_reason"] = end.reason.into();
@@ -215,9 +247,25 @@ impl Answer {
         if self.is_chat() {
             choice["message"] = whole.message();
         } else {
-            choice["text"] = (self.echo(index).to_string() + &whole.content).into();
+            choice["text"] = (self.echo_text(index).to_string() + &whole.content).into();
+            if let Some(count) = self.prompt_logprobs {
+                choice["prompt_logprobs"] = self.scores[index / self.n].to_json(count);
+            }
         }
         choice
+    }
+
+    /// `logprobs` of a whole choice, those of an echoed prompt first.
+    fn whole_logprobs(&mut self, index: usize, tokens: &[TokenInfo]) -> Value {
+        if self.logprobs.is_none() {
+            return Value::Null;
+        }
+        if self.is_chat() {
+            return chat_logprobs(tokens);
+        }
+        let mut rows = self.echo_rows(index);
+        rows.extend(self.text_rows(index, tokens));
+        text_logprobs(rows)
     }
 
     /// Server-sent events: `data: {...}` each, `data: [DONE]` at the end. An error ends the stream without it.
@@ -269,30 +317,30 @@ impl Answer {
             }
         };
         let begins = !std::mem::replace(&mut self.choices[index].begun, true);
-        let mut payloads: Vec<(Value, Vec<TokenInfo>, Option<End>)> = Vec::new();
+        let mut payloads: Vec<(Value, Value, Option<End>)> = Vec::new();
         if begins && self.is_chat() {
-            payloads.push((json!({"role": "assistant", "content": "", "refusal": null}), Vec::new(), None));
-        } else if begins && !self.echo(index).is_empty() {
-            payloads.push((self.echo(index).into(), Vec::new(), None));
+            payloads.push((json!({"role": "assistant", "content": "", "refusal": null}), Value::Null, None));
+        } else if begins {
+            let rows = if self.logprobs.is_some() { self.echo_rows(index) } else { Vec::new() };
+            let logprobs = if rows.is_empty() { Value::Null } else { text_logprobs(rows) };
+            if !(self.echo_text(index).is_empty() && logprobs.is_null()) {
+                payloads.push((self.echo_text(index).into(), logprobs, None));
+            }
         }
         match piece {
-            Piece::Text { parts, mut tokens, .. } => {
+            Piece::Text { parts, tokens, .. } => {
                 let mut deltas = self.deltas(parts);
                 if deltas.is_empty() {
                     deltas.push(self.no_delta());
                 }
-                let with_tokens = |delta| (delta, std::mem::take(&mut tokens), None);
-                payloads.extend(deltas.into_iter().map(with_tokens));
+                let mut logprobs = self.piece_logprobs(index, &tokens);
+                let with_logprobs = |delta| (delta, logprobs.take(), None);
+                payloads.extend(deltas.into_iter().map(with_logprobs));
             }
-            Piece::Done { end, .. } => payloads.push((self.no_delta(), Vec::new(), Some(end))),
+            Piece::Done { end, .. } => payloads.push((self.no_delta(), Value::Null, Some(end))),
             Piece::Progress { .. } => {}
         }
-        for (payload, tokens, end) in payloads {
-            let logprobs = if self.logprobs && !tokens.is_empty() {
-                self.logprobs_json(index, &tokens)
-            } else {
-                Value::Null
-            };
+        for (payload, logprobs, end) in payloads {
             let reason = end.as_ref().map(|e| e.reason);
             let mut choice = json!({"index": index, "logprobs": logprobs, "finish_reason": reason});
             if let Some(end) = end {
@@ -353,25 +401,43 @@ impl Answer {
         })
     }
 
-    fn logprobs_json(&mut self, index: usize, tokens: &[TokenInfo]) -> Value {
-        if self.is_chat() {
-            return json!({"content": tokens.iter().map(chat_logprob).collect::<Vec<_>>(), "refusal": null});
+    /// `logprobs` of a piece of a choice.
+    fn piece_logprobs(&mut self, index: usize, tokens: &[TokenInfo]) -> Value {
+        if self.logprobs.is_none() || tokens.is_empty() {
+            Value::Null
+        } else if self.is_chat() {
+            chat_logprobs(tokens)
+        } else {
+            text_logprobs(self.text_rows(index, tokens))
         }
-        let texts: Vec<String> = tokens.iter().map(|t| text(&t.bytes)).collect();
-        let offsets: Vec<usize> = texts
-            .iter()
-            .map(|t| {
-                let at = self.choices[index].characters;
-                self.choices[index].characters += t.chars().count();
-                at
-            })
-            .collect();
-        json!({
-            "tokens": texts,
-            "token_logprobs": tokens.iter().map(|t| t.logprob).collect::<Vec<_>>(),
-            "top_logprobs": tokens.iter().map(top_by_text).collect::<Vec<_>>(),
-            "text_offset": offsets,
-        })
+    }
+
+    fn text_rows(&mut self, index: usize, tokens: &[TokenInfo]) -> Vec<TextRow> {
+        let row = |token: &TokenInfo| TextRow {
+            offset: self.choices[index].advance(&token.bytes),
+            text: text(&token.bytes),
+            logprob: Some(token.logprob),
+            top: top_by_text(token, usize::MAX),
+        };
+        tokens.iter().map(row).collect()
+    }
+
+    /// The tokens of an echoed prompt; none without `echo`.
+    fn echo_rows(&mut self, index: usize) -> Vec<TextRow> {
+        let prompt = index / self.n;
+        let Form::Text { echo } = &self.form else { return Vec::new() };
+        let Some(Echo { first, is_first_hidden, .. }) = echo.get(prompt) else { return Vec::new() };
+        let (choice, count) = (&mut self.choices[index], self.logprobs.unwrap_or_default());
+        let shown: &[u8] = if *is_first_hidden { &[] } else { first };
+        let offset = choice.advance(shown);
+        let first = TextRow { offset, text: text(first), logprob: None, top: Value::Null };
+        let rows = self.scores[prompt].tokens().iter().map(|token| TextRow {
+            offset: choice.advance(&token.bytes),
+            text: text(&token.bytes),
+            logprob: Some(token.logprob),
+            top: top_by_text(token, count),
+        });
+        [first].into_iter().chain(rows).collect()
     }
 
     fn is_chat(&self) -> bool {
@@ -382,15 +448,22 @@ impl Answer {
         if self.is_chat() { "chat.completion.chunk" } else { "text_completion" }
     }
 
-    fn echo(&self, index: usize) -> &str {
+    fn echo_text(&self, index: usize) -> &str {
         match &self.form {
-            Form::Text { echo } => echo.get(index / self.n).map_or("", String::as_str),
+            Form::Text { echo } => echo.get(index / self.n).map_or("", |e| &e.text),
             Form::Chat { .. } => "",
         }
     }
 }
 
 impl ChoiceState {
+    /// Where a token's text begins, in characters of the text so far; the text is then longer by it.
+    fn advance(&mut self, bytes: &[u8]) -> usize {
+        let at = self.characters;
+        self.characters += text(bytes).chars().count();
+        at
+    }
+
     /// The parts of a chat's turn, or a completion's text.
     fn split(&mut self, text: &str, tokens: &[TokenInfo]) -> Vec<TurnPart> {
         let mut parts = Vec::new();
@@ -518,12 +591,36 @@ fn chat_logprob(token: &TokenInfo) -> Value {
     entry
 }
 
-/// The most likely tokens and the chosen one, by their text.
-fn top_by_text(token: &TokenInfo) -> Value {
+fn chat_logprobs(tokens: &[TokenInfo]) -> Value {
+    json!({"content": tokens.iter().map(chat_logprob).collect::<Vec<_>>(), "refusal": null})
+}
+
+/// A token in the `logprobs` of a completion.
+struct TextRow {
+    /// Where its text begins, in characters.
+    offset: usize,
+    text: String,
+    /// None for the first token of a prompt.
+    logprob: Option<f32>,
+    top: Value,
+}
+
+/// `logprobs` of a completion.
+fn text_logprobs(rows: Vec<TextRow>) -> Value {
+    json!({
+        "tokens": rows.iter().map(|r| r.text.as_str()).collect::<Vec<_>>(),
+        "token_logprobs": rows.iter().map(|r| r.logprob).collect::<Vec<_>>(),
+        "text_offset": rows.iter().map(|r| r.offset).collect::<Vec<_>>(),
+        "top_logprobs": rows.into_iter().map(|r| r.top).collect::<Vec<_>>(),
+    })
+}
+
+/// The `count` most likely tokens and the chosen one, by their text.
+fn top_by_text(token: &TokenInfo, count: usize) -> Value {
     let mut map = Map::new();
     let chosen = (text(&token.bytes), token.logprob);
     // Different bytes may show as the same text: the most likely one of them stays.
-    for (t, logprob) in token.top.iter().map(|(_, bytes, l)| (text(bytes), *l)).chain([chosen]) {
+    for (t, logprob) in token.top.iter().take(count).map(|(_, bytes, l)| (text(bytes), *l)).chain([chosen]) {
         map.entry(t).or_insert_with(|| logprob.into());
     }
     map.into()

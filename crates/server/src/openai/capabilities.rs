@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::tools::TOOLS_MAX;
 use crate::{
     error::ApiError,
+    limits::EMBEDDING_INPUTS_MAX,
     state::{AppState, Model},
 };
 
@@ -49,6 +50,14 @@ fn describe(model: &Model) -> Value {
         "prefix": chat,
         "suffix": fills == [true; 3],
         "logprobs_max": limits.logprobs_max,
+        "prompt_logprobs": limits.score_rows_max > 0,
+        "echo": true,
+        "embeddings": {
+            "pooling": "last",
+            "normalized": true,
+            "dimensions": limits.embedding_width,
+            "inputs_max": EMBEDDING_INPUTS_MAX,
+        },
         "n_max": limits.n_max,
         "context_tokens_max": limits.context_tokens_max,
         "stop_strings_max": limits.stop_strings_max,

@@ -16,6 +16,7 @@ use super::{
     formats::{Format, refused},
     messages::{Messages, messages},
     parameters::{Streaming, check_model, either, generation, neutral, streaming},
+    scores::prompt_logprobs,
     thinking::Thinking,
     tools::{Choice, Tools},
 };
@@ -23,6 +24,7 @@ use crate::{
     caller::Caller,
     error::ApiError,
     state::{AppState, Model},
+    traces::Operation,
 };
 
 /// Answers a conversation.
@@ -38,16 +40,18 @@ pub(crate) async fn chat_completions(
         let model = Arc::clone(&model);
         state.prepare(move || prepare(&model, &body)).await?
     };
-    let ticket = caller.submit(&model, prepared.request)?;
+    let ticket = caller.submit(&model, Operation::Chat, prepared.request)?;
     let form = Form::Chat { format: Arc::clone(&model.dialect.format), start: prepared.start };
     let answer = Answer::new(form, model.name.clone(), vec![ticket], prepared.n, prepared.logprobs);
+    let answer = answer.with_prompt_logprobs(prepared.prompt_logprobs);
     answer.respond(prepared.streaming).await
 }
 
 struct Prepared {
     request: ValidRequest,
     n: usize,
-    logprobs: bool,
+    logprobs: Option<usize>,
+    prompt_logprobs: Option<usize>,
     start: TurnStart,
     streaming: Streaming,
 }
@@ -67,12 +71,13 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
     request.logprobs = logprobs(&mut fields, model)?;
     let streaming = streaming(&mut fields)?;
     request.progress = streaming.progress;
+    request.prompt_logprobs = prompt_logprobs(&mut fields, streaming)?;
     let conversation = Conversation::take(&mut fields, model)?;
     unsupported(&mut fields)?;
     neutral(&mut fields)?;
     fields.finish()?;
     let start = conversation.apply(model, &mut request)?;
-    let (n, logprobs) = (request.n, request.logprobs.is_some());
+    let (n, logprobs, prompt_logprobs) = (request.n, request.logprobs, request.prompt_logprobs);
     let named = |field| match field {
         "prompt" => "messages",
         "logprobs" => "top_logprobs",
@@ -80,7 +85,7 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
     };
     let request =
         request.validate(model.engine.limits()).map_err(|e| ApiError::refused(named(e.field), &e))?;
-    Ok(Prepared { request, n, logprobs, start, streaming })
+    Ok(Prepared { request, n, logprobs, prompt_logprobs, start, streaming })
 }
 
 /// Messages, tools and thinking: what a chat says, whichever door it came through.

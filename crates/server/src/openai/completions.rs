@@ -4,21 +4,23 @@ use std::sync::Arc;
 
 use axum::{body::Body, extract::State, http::HeaderMap, response::Response};
 use oxseek_engine::{Request, ValidRequest};
-use oxseek_text::ControlTokens;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{
-    answer::{Answer, Form},
+    answer::{Answer, Echo, Form},
     body,
-    fields::{Fields, wrong},
+    fields::Fields,
     formats::{Format, refused},
-    parameters::{Streaming, check_model, either, generation, neutral, streaming, token_ids},
+    parameters::{Streaming, check_model, either, generation, neutral, streaming},
+    prompts::prompts,
+    scores::prompt_logprobs,
 };
 use crate::{
     caller::Caller,
     error::ApiError,
     limits::PROMPTS_MAX,
     state::{AppState, Model},
+    traces::Operation,
 };
 
 /// OpenAI's default of this route.
@@ -37,20 +39,25 @@ pub(crate) async fn completions(
         let model = Arc::clone(&model);
         state.prepare(move || prepare(&model, &body)).await?
     };
+    let tokens = prepared.requests.iter().map(|r| r.tokens_max() as u64).sum();
+    let tab = caller.open_tab(&model, Operation::TextCompletion, tokens)?;
     // One that does not find a place any more takes the others with it: their tickets are dropped.
-    let tickets: Result<Vec<_>, _> =
-        prepared.requests.into_iter().map(|r| caller.submit(&model, r)).collect();
+    let submit = |r| caller.submit_on(&tab, &model, r).map_err(|e| caller.refuse(e));
+    let tickets: Result<Vec<_>, _> = prepared.requests.into_iter().map(submit).collect();
+    drop(tab);
     let form = Form::Text { echo: prepared.echo };
     let answer = Answer::new(form, model.name.clone(), tickets?, prepared.n, prepared.logprobs);
+    let answer = answer.with_prompt_logprobs(prepared.prompt_logprobs);
     answer.respond(prepared.streaming).await
 }
 
 struct Prepared {
     requests: Vec<ValidRequest>,
     n: usize,
-    logprobs: bool,
-    /// Texts to put before the answers, one per prompt; none without `echo`.
-    echo: Vec<String>,
+    logprobs: Option<usize>,
+    prompt_logprobs: Option<usize>,
+    /// What goes before the answers, one per prompt; none without `echo`.
+    echo: Vec<Echo>,
     streaming: Streaming,
 }
 
@@ -69,15 +76,17 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
     request.max_tokens = Some(asked.unwrap_or(MAX_TOKENS_DEFAULT));
     request.logprobs = fields.count("logprobs")?;
     let echo = fields.boolean("echo")?.unwrap_or(false);
-    if echo && request.logprobs.is_some() {
-        return Err(ApiError::unsupported("logprobs", "together with echo is not supported"));
-    }
     fields.only("best_of", &[json!(request.n)])?;
     let suffix = fields.string("suffix")?.filter(|s| !s.is_empty());
     let format = Format::take(&mut fields)?;
     let streaming = streaming(&mut fields)?;
     request.progress = streaming.progress;
-    let prompts = prompts(&mut fields)?;
+    let prompt_logprobs = prompt_logprobs(&mut fields, streaming)?;
+    if echo && suffix.is_some() && request.logprobs.is_some() {
+        return Err(ApiError::unsupported("logprobs", "together with echo and suffix is not supported"));
+    }
+    request.prompt_logprobs = prompt_logprobs.max(request.logprobs.filter(|_| echo));
+    let prompts = prompts(&mut fields, "prompt", PROMPTS_MAX)?;
     neutral(&mut fields)?;
     fields.finish()?;
     if let Some(Format { rule, param }) = &format {
@@ -86,99 +95,20 @@ fn prepare(model: &Model, body: &[u8]) -> Result<Prepared, ApiError> {
         rules.grammar = Some(compiled.map_err(|e| refused(param, &e))?);
         request.grammar = rules.into_grammar();
     }
-    let (n, logprobs) = (request.n, request.logprobs.is_some());
-    let echo = prompts.iter().filter(|_| echo).map(|p| p.text(model)).collect();
-    let requests = prompts
-        .into_iter()
-        .map(|p| {
-            let request = Request { prompt: p.tokens(model, suffix.as_deref())?, ..request.clone() };
-            request.validate(model.engine.limits()).map_err(ApiError::from)
-        })
-        .collect::<Result<_, _>>()?;
-    Ok(Prepared { requests, n, logprobs, echo, streaming })
-}
-
-enum Prompt {
-    Text(String),
-    Tokens(Vec<u32>),
-}
-
-impl Prompt {
-    /// Who sends a text prompt writes the control tokens that it needs; only the one that begins a text is added, and
-    /// those around a hole that is to be filled before `suffix`.
-    fn tokens(self, model: &Model, suffix: Option<&str>) -> Result<Vec<u32>, ApiError> {
-        let tokenizer = model.engine.tokenizer();
-        let encode = |text: &str| {
-            let encoded = tokenizer.encode(text, ControlTokens::Parse);
-            encoded.map_err(|e| ApiError::invalid("prompt", e.to_string()))
-        };
-        let begin = tokenizer.token_id(&model.bos);
-        let mut ids: Vec<u32> = match &self {
-            Self::Tokens(_) if suffix.is_none() => Vec::new(),
-            Self::Text(text) if text.starts_with(&model.bos) => Vec::new(),
-            _ => begin.into_iter().collect(),
-        };
-        let prompt = match self {
-            Self::Tokens(ids) => ids,
-            Self::Text(text) => encode(&text)?,
-        };
-        let Some(suffix) = suffix else {
-            ids.extend(prompt);
-            return Ok(ids);
-        };
-        let [before, hole, after] = fill_tokens(model)?;
-        ids.push(before);
-        ids.extend(prompt);
-        ids.push(hole);
-        ids.extend(encode(suffix)?);
-        ids.push(after);
-        Ok(ids)
+    let (n, logprobs) = (request.n, request.logprobs);
+    let (mut requests, mut echoes) = (Vec::new(), Vec::new());
+    for p in prompts {
+        let text = echo.then(|| p.text(model));
+        let begin = p.begin(model, suffix.is_some());
+        let prompt = p.tokens(model, "prompt", suffix.as_deref())?;
+        let first = prompt.first().map(|&id| model.engine.tokenizer().token_bytes(id).to_vec());
+        echoes.extend(text.map(|text| Echo {
+            text,
+            first: first.unwrap_or_default(),
+            is_first_hidden: begin.is_some(),
+        }));
+        let request = Request { prompt, ..request.clone() };
+        requests.push(request.validate(model.engine.limits())?);
     }
-
-    fn text(&self, model: &Model) -> String {
-        match self {
-            Self::Text(text) => text.clone(),
-            Self::Tokens(ids) => model.engine.tokenizer().decode(ids),
-        }
-    }
-}
-
-/// DeepSeek's tokens around a hole in a text: before the text, at the hole, at the end.
-fn fill_tokens(model: &Model) -> Result<[u32; 3], ApiError> {
-    let names = ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"];
-    let ids = names.map(|name| model.engine.tokenizer().token_id(name));
-    match ids {
-        [Some(before), Some(hole), Some(after)] => Ok([before, hole, after]),
-        _ => Err(ApiError::unsupported("suffix", "this model has no tokens to fill a hole in a text")),
-    }
-}
-
-/// A string, token ids, or a list of either.
-fn prompts(fields: &mut Fields) -> Result<Vec<Prompt>, ApiError> {
-    let want = "a string, a list of strings, token ids or a list of lists of token ids";
-    let value = fields.take("prompt").ok_or_else(|| ApiError::invalid("prompt", "is missing"))?;
-    let list = match value {
-        Value::String(text) => return Ok(vec![Prompt::Text(text)]),
-        Value::Array(list) => list,
-        other => return Err(wrong("prompt", want, &other)),
-    };
-    if list.is_empty() {
-        return Err(ApiError::invalid("prompt", "is empty"));
-    }
-    if list[0].is_number() {
-        return Ok(vec![Prompt::Tokens(token_ids(&list, "prompt")?)]);
-    }
-    if list.len() > PROMPTS_MAX {
-        return Err(ApiError::invalid(
-            "prompt",
-            format!("has {} prompts, at most {PROMPTS_MAX}", list.len()),
-        ));
-    }
-    list.into_iter()
-        .map(|v| match v {
-            Value::String(text) => Ok(Prompt::Text(text)),
-            Value::Array(ids) => Ok(Prompt::Tokens(token_ids(&ids, "prompt")?)),
-            other => Err(wrong("prompt", want, &other)),
-        })
-        .collect()
+    Ok(Prepared { requests, n, logprobs, prompt_logprobs, echo: echoes, streaming })
 }

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 
 use serde_json::{Map, Value};
 
-use crate::error::ApiError;
+use crate::{error::ApiError, json};
 
 thread_local! {
     static TAKEN: RefCell<Option<Vec<Taken>>> = const { RefCell::new(None) };
@@ -55,9 +55,7 @@ pub(crate) struct Fields {
 impl Fields {
     /// The body of a request.
     pub(crate) fn from_body(body: &[u8]) -> Result<Self, ApiError> {
-        let value: Value = serde_json::from_slice(body)
-            .map_err(|e| ApiError::body(format!("the body is not valid JSON: {e}")))?;
-        match value {
+        match json::parse(body).map_err(|e| ApiError::json("body", e))? {
             Value::Object(map) => Ok(Self { map, path: String::new() }),
             other => Err(ApiError::body(format!("the body must be a JSON object, found {}", kind(&other)))),
         }

@@ -4,7 +4,7 @@ use oxseek_constrain::{AnswerRule, Error};
 use serde_json::{Value, json};
 
 use super::fields::{Fields, wrong};
-use crate::error::ApiError;
+use crate::{error::ApiError, json};
 
 /// A rule, and the field that it came from.
 #[derive(Debug, Clone, PartialEq)]
@@ -57,7 +57,7 @@ impl Kind {
     fn rule(self, name: &str, value: Value) -> Result<AnswerRule, ApiError> {
         match (self, value) {
             (Self::Json, Value::String(text)) => {
-                let schema = serde_json::from_str(&text);
+                let schema = json::parse(text.as_bytes());
                 schema
                     .map(AnswerRule::JsonSchema)
                     .map_err(|e| ApiError::invalid(name, format!("is no JSON: {e}")))

@@ -1,7 +1,7 @@
 //! An example of everything that a body may hold: parsers are watched while they read these.
 
 /// Path and body; a path may have several. Each must be accepted as it is.
-pub(super) const EXAMPLES: [(&str, &str); 10] = [
+pub(super) const EXAMPLES: [(&str, &str); 11] = [
     (
         "/v1/chat/completions",
         r#"{
@@ -25,6 +25,7 @@ pub(super) const EXAMPLES: [(&str, &str); 10] = [
         r#"{"messages": [{"role": "user", "content": "Hi"}], "thinking": {"type": "auto"}}"#,
     ),
     ("/v1/completions", r#"{"prompt": "Once upon", "max_tokens": 8, "stream": true, "stream_options": {}}"#),
+    ("/v1/embeddings", r#"{"input": ["The cat sat.", "Le chat dort."], "encoding_format": "float"}"#),
     (
         "/v1/responses",
         r#"{

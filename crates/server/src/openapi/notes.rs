@@ -4,7 +4,7 @@ use oxseek_engine::EngineLimits;
 use serde_json::{Value, json};
 
 /// Numbers between bounds, wherever a field has that name.
-const BOUNDS: [(&str, f64, f64); 9] = [
+const BOUNDS: [(&str, f64, f64); 10] = [
     ("temperature", 0.0, 2.0),
     ("top_p", 0.0, 1.0),
     ("min_p", 0.0, 1.0),
@@ -14,6 +14,7 @@ const BOUNDS: [(&str, f64, f64); 9] = [
     ("presence_penalty", -2.0, 2.0),
     ("frequency_penalty", -2.0, 2.0),
     ("top_logprobs", 0.0, 20.0),
+    ("prompt_logprobs", 0.0, 20.0),
 ];
 
 /// Fields that have to be there.
@@ -37,6 +38,9 @@ pub(super) fn add(schema: &mut Value, limits: &EngineLimits) {
             most["type"] = json!(["integer", "null"]);
             most["minimum"] = 1.into();
         }
+    }
+    if let Some(encoding) = properties.get_mut("encoding_format") {
+        encoding["enum"] = json!(["float", "base64", null]);
     }
     for (name, required) in REQUIRED {
         // `/tokenize` takes a text in place of messages.

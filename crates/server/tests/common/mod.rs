@@ -20,6 +20,8 @@ use serde_json::Value;
 use tokio::{runtime::Runtime, sync::oneshot};
 
 pub const CONTEXT_TOKENS: usize = 512;
+/// Rows of one step that prompts may be scored with.
+const SCORE_ROWS: usize = 8;
 
 /// A server on a free port; it stops when this is dropped.
 pub struct Server {
@@ -67,7 +69,7 @@ impl Server {
             context_tokens_max: CONTEXT_TOKENS,
             cache_blocks: parallel * blocks_for(CONTEXT_TOKENS),
             step_rows_max: 64,
-            logit_rows_max: parallel,
+            logit_rows_max: parallel + SCORE_ROWS,
             cache_format: CacheFormat::F32,
         };
         let model = DeepSeek::load(&checkpoint, Box::new(backend), options, &mut |_, _| {}).unwrap();
