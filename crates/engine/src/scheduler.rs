@@ -514,15 +514,30 @@ impl Scheduler {
     }
 
     /// Moves a waiting sequence to the end of the running ones, if there is room for all of its tokens and forks.
+    /// Paused ones make room: who waits must not wait for somebody else's reader.
     fn admit(&mut self, at: usize) -> bool {
-        let places: usize = self.running.iter().map(|s| 1 + s.forks).sum();
-        let next = &self.waiting[at];
-        let (known, _) = self.known_beginning(next);
-        let blocks = blocks_for(next.tokens.len()) - known.len();
-        let idle = known.iter().filter(|f| self.pool.is_idle(f.block)).count();
-        if places + 1 + next.forks > self.limits.sequences_max || blocks > self.pool.free() - idle {
+        let places = |s: &[Sequence], paused: bool| -> usize {
+            s.iter().filter(|s| paused || !s.paused).map(|s| 1 + s.forks).sum()
+        };
+        let own = 1 + self.waiting[at].forks;
+        if places(&self.running, false) + own > self.limits.sequences_max {
             return false;
         }
+        let (known, blocks) = loop {
+            let next = &self.waiting[at];
+            let (known, _) = self.known_beginning(next);
+            let blocks = blocks_for(next.tokens.len()) - known.len();
+            let idle = known.iter().filter(|f| self.pool.is_idle(f.block)).count();
+            let place = places(&self.running, true) + own <= self.limits.sequences_max;
+            if place && blocks <= self.pool.free() - idle {
+                break (known, blocks);
+            }
+            if !self.running.iter().any(|s| s.paused) {
+                return false;
+            }
+            // Goes to the end of those that wait: `at` stays this one's.
+            self.preempt_one();
+        };
         let mut s = self.waiting.remove(at);
         for found in &known {
             self.pool.share(found.block);
@@ -702,6 +717,28 @@ mod tests {
         assert_eq!(step(&mut s), []);
         s.pause(SequenceId(1), false);
         assert_eq!(step(&mut s), [(1, 65)]);
+    }
+
+    #[test]
+    fn a_paused_sequence_keeps_no_place_that_another_waits_for() {
+        let mut s = scheduler(3, 200, 100);
+        (1..=2).for_each(|id| s.submit(SequenceId(id), arrival(10, 0)));
+        assert_eq!(step(&mut s), [(1, 10), (2, 10)]);
+        (1..=2).for_each(|id| s.pause(SequenceId(id), true));
+        // There is a place for one; the second one needs a paused one's.
+        s.submit(SequenceId(3), arrival(20, 0));
+        assert_eq!(step(&mut s), [(3, 20)]);
+        assert_eq!((s.running(), s.waiting()), (3, 0));
+        s.submit(SequenceId(4), arrival(30, 0));
+        assert_eq!(step(&mut s), [(3, 1), (4, 30)]);
+        assert_eq!((s.is_running(SequenceId(1)), s.is_running(SequenceId(2))), (true, false));
+        // Nobody is sent away for one that would not fit even so.
+        s.submit(SequenceId(5), arrival(5, 2));
+        assert_eq!(step(&mut s), [(3, 1), (4, 1)]);
+        assert_eq!((s.running(), s.waiting()), (3, 2));
+        // It goes on where it was: ten tokens and the one that it was given.
+        s.pause(SequenceId(2), false);
+        assert_eq!(step(&mut s), [(3, 1), (4, 1), (2, 11)]);
     }
 
     #[test]
