@@ -291,8 +291,9 @@ impl Worker {
         let rows = self.batch.logit_rows() * self.model.limits().vocab;
         let embeds = self.wanted.iter().any(|w| w.draw && self.embeds(w.id));
         let (model, batch, logits) = (&mut self.model, &self.batch, &mut self.logits[..rows]);
-        let hidden = &mut self.hidden;
+        let (scheduler, hidden) = (&self.scheduler, &mut self.hidden);
         let run = || {
+            scheduler.copies().try_for_each(|(from, to)| model.copy_block(from, to))?;
             model.forward(batch, logits)?;
             if !embeds {
                 return Ok(());
@@ -539,6 +540,7 @@ impl Worker {
     /// Fails every request of the step, and the engine when the model does not work any more.
     fn fail_step(&mut self, error: Option<&ModelError>) {
         add(&self.monitor.counters.steps_failed, 1);
+        self.scheduler.step_failed();
         let message = match error {
             Some(e) => e.to_string(),
             None => "the engine met an internal error in this step".into(),
