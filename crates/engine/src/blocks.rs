@@ -175,8 +175,8 @@ impl BlockPool {
         Some(Found { block, node: known.node, promised_by: known.promised_by })
     }
 
-    /// The known block behind `before` that has most rows in common with one that holds `tokens` in the form `form`. Its
-    /// rows are there.
+    /// The known block behind `before` that has most rows in common with one that holds `tokens` in the form `form`.
+    /// Its rows are there.
     pub fn find_part(&self, before: &Before, form: u8, tokens: &[u32]) -> Option<Part> {
         let followers = self.followers.get(before)?;
         let parts = followers.iter().rev().take(FOLLOWERS_SEEN_MAX).filter_map(|&block| {

@@ -24,7 +24,7 @@ fn hostile() -> Vec<Value> {
     let schema = |s: Value| json!({"type": "json_schema", "json_schema": {"name": "x", "schema": s}});
     let fields: serde_json::Map<String, Value> =
         (0..500).map(|i| (format!("f{i}"), json!({"type": "string", "minLength": i % 50}))).collect();
-    let rules: String = (0..1500).map(|i| format!("r{i}: \"a\" r{}\n", i + 1)).collect();
+    let rules: Vec<String> = (0..1500).map(|i| format!("r{i}: \"a\" r{}\n", i + 1)).collect();
     let words: Vec<String> = (0..3000).map(|i| i.to_string()).collect();
     vec![
         schema(json!({"type": "object", "properties": fields})),
@@ -36,7 +36,7 @@ fn hostile() -> Vec<Value> {
         json!({"type": "regex", "regex": words.join("|")}),
         json!({"type": "regex", "regex": "[\\p{L}\\p{N}]{1,2000}[^\\p{L}]{1,2000}"}),
         json!({"type": "regex", "regex": format!("{}a{}", "(".repeat(60_000), ")".repeat(60_000))}),
-        json!({"type": "grammar", "grammar": format!("start: r0\n{}r1500: \"z\"", rules)}),
+        json!({"type": "grammar", "grammar": format!("start: r0\n{}r1500: \"z\"", rules.concat())}),
     ]
 }
 
