@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs openai-python's own tests against oxseek. Its source package on PyPI carries them.
-# usage: run.sh [chat|completions|models|responses]...   all of them without arguments
+# usage: run.sh [chat|completions|embeddings|models|responses]...   all of them without arguments
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 root=$PWD
@@ -17,11 +17,12 @@ if [ ! -d "$cache/openai-$version/tests" ]; then
 fi
 
 files=()
-for name in "${@:-chat completions models responses}"; do
+for name in "${@:-chat completions embeddings models responses}"; do
   for one in $name; do
     case $one in
       chat) files+=(tests/api_resources/chat/test_completions.py) ;;
       completions) files+=(tests/api_resources/test_completions.py) ;;
+      embeddings) files+=(tests/api_resources/test_embeddings.py) ;;
       models) files+=(tests/api_resources/test_models.py) ;;
       responses) files+=(tests/api_resources/test_responses.py tests/api_resources/responses) ;;
       *) echo "run.sh: no such group: $one" >&2; exit 2 ;;

@@ -9,10 +9,15 @@ use oxseek_model::kv::BLOCK_TOKENS;
 
 use crate::scheduler::SequenceId;
 
+/// Most known blocks behind one place that are compared with what goes on there, youngest first.
+const FOLLOWERS_SEEN_MAX: usize = 256;
+
 /// The blocks of a paged cache. A block may be shared by sequences that have the same beginning.
 ///
-/// A whole block may be *known* by what it holds: the block before it, its own tokens, and the form in which its rows
-/// are computed. A known block that nobody holds keeps its rows until the place is needed, least recently used first.
+/// A block may be *known* by what it holds: the block before it, its own tokens, and the form in which its rows are
+/// computed. A whole one is shared by those that go on with the same tokens. Of one that is not whole, or goes on with
+/// others, the common rows are copied. A known block that nobody holds keeps its rows until the place is needed, least
+/// recently used first.
 #[derive(Debug, Clone)]
 pub struct BlockPool {
     /// Blocks that hold nothing.
@@ -20,6 +25,8 @@ pub struct BlockPool {
     blocks: Vec<Block>,
     /// Known blocks. The key is the whole content, so a hash never decides.
     index: HashMap<Arc<Content>, u32>,
+    /// Known blocks by what comes before them, oldest first.
+    followers: HashMap<Before, Vec<u32>>,
     /// Known blocks that nobody holds, by the time since when.
     idle: BTreeMap<u64, u32>,
     /// Counts what happens: times of `idle` and names of nodes.
@@ -58,8 +65,15 @@ pub enum Before {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Content {
     before: Before,
+    rows: Rows,
+}
+
+/// Rows from the beginning of a block on.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Rows {
+    /// How many of them are computed in the form of prompts; see `LanguageModel::block_form`.
     form: u8,
-    tokens: [u32; BLOCK_TOKENS],
+    tokens: Box<[u32]>,
 }
 
 /// A known block.
@@ -73,11 +87,30 @@ pub struct Found {
     pub promised_by: Option<SequenceId>,
 }
 
+/// Rows of a block that another one begins with too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// Where they lie.
+    pub block: u32,
+    /// How many they are.
+    pub rows: usize,
+    /// The name of the block; none when it is not known.
+    pub node: Option<Node>,
+}
+
 impl Content {
-    /// The content of a whole block: `tokens` after `before`, computed in the form `form`. None when it is not whole.
-    pub fn new(before: Before, form: u8, tokens: &[u32]) -> Option<Self> {
-        Some(Self { before, form, tokens: tokens.try_into().ok()? })
+    /// The content of a block that holds `tokens` after `before`, computed in the form `form`.
+    pub fn new(before: Before, form: u8, tokens: &[u32]) -> Self {
+        debug_assert!((1..=BLOCK_TOKENS).contains(&tokens.len()), "a block has rows");
+        Self { before, rows: Rows { form, tokens: tokens.into() } }
     }
+}
+
+/// How many rows two blocks have in common that come after the same, given the form and the tokens of each.
+pub fn common_rows(a: (u8, &[u32]), b: (u8, &[u32])) -> usize {
+    let same = a.1.iter().zip(b.1).take_while(|(a, b)| a == b).count();
+    // Rows below both forms are computed alike, and so are those that lie above both; what lies between is not.
+    if a.0 == b.0 { same } else { same.min(usize::from(a.0.min(b.0))) }
 }
 
 impl BlockPool {
@@ -88,6 +121,7 @@ impl BlockPool {
             free: (0..blocks as u32).rev().collect(),
             blocks: vec![Block::default(); blocks],
             index: HashMap::new(),
+            followers: HashMap::new(),
             idle: BTreeMap::new(),
             clock: 0,
         }
@@ -141,6 +175,27 @@ impl BlockPool {
         Some(Found { block, node: known.node, promised_by: known.promised_by })
     }
 
+    /// The known block behind `before` that has most rows in common with one that holds `tokens` in the form `form`.
+    /// Its rows are there.
+    pub fn find_part(&self, before: &Before, form: u8, tokens: &[u32]) -> Option<Part> {
+        let followers = self.followers.get(before)?;
+        let parts = followers.iter().rev().take(FOLLOWERS_SEEN_MAX).filter_map(|&block| {
+            let known = self.blocks[block as usize].known.as_ref().filter(|k| k.promised_by.is_none())?;
+            let rows = &known.content.rows;
+            let rows = common_rows((form, tokens), (rows.form, &rows.tokens));
+            Some(Part { block, rows, node: Some(known.node) })
+        });
+        parts.max_by_key(|p| p.rows).filter(|p| p.rows > 0)
+    }
+
+    /// A known block was of use: it is needed longer than others that nobody holds.
+    pub fn touch(&mut self, block: u32) {
+        if self.is_idle(block) && self.blocks[block as usize].known.is_some() {
+            self.share(block);
+            self.release(block);
+        }
+    }
+
     /// Makes a held block known, unless another one has this content. `promised_by` is computing it; without it the
     /// rows are there. `node` is the name of the content if it has one already.
     pub fn know(
@@ -158,6 +213,7 @@ impl BlockPool {
         let node = node.unwrap_or(Node(self.clock));
         let content = Arc::new(content);
         self.index.insert(Arc::clone(&content), block);
+        self.followers.entry(content.before.clone()).or_default().push(block);
         self.blocks[block as usize].known = Some(Known { content, node, promised_by });
         node
     }
@@ -168,11 +224,29 @@ impl BlockPool {
         known.is_some_and(|k| k.promised_by.take().is_some())
     }
 
-    /// Makes a held block unknown: nobody finds it any more.
+    /// Makes a block that is held or taken unknown: nobody finds it any more.
     pub fn forget(&mut self, block: u32) {
-        if let Some(known) = self.blocks[block as usize].known.take() {
-            self.index.remove(&known.content);
+        let Some(known) = self.blocks[block as usize].known.take() else { return };
+        self.index.remove(&known.content);
+        if let Some(followers) = self.followers.get_mut(&known.content.before) {
+            followers.retain(|&b| b != block);
+            if followers.is_empty() {
+                self.followers.remove(&known.content.before);
+            }
         }
+    }
+
+    /// Makes a block unknown that may be held or idle, unless it is known by another name by now.
+    pub fn forget_node(&mut self, block: u32, node: Node) {
+        let b = &self.blocks[block as usize];
+        if b.known.as_ref().is_none_or(|k| k.node != node) {
+            return;
+        }
+        if b.holders == 0 {
+            self.idle.remove(&b.idle_since);
+            self.free.push(block);
+        }
+        self.forget(block);
     }
 
     /// Blocks that can be taken.
@@ -201,7 +275,7 @@ mod tests {
     use super::*;
 
     fn content(before: Before, token: u32) -> Content {
-        Content::new(before, 0, &[token; BLOCK_TOKENS]).expect("whole")
+        Content::new(before, 0, &[token; BLOCK_TOKENS])
     }
 
     fn start() -> Before {
@@ -233,11 +307,60 @@ mod tests {
         let a = pool.take().expect("free");
         let node = pool.know(a, content(start(), 1), None, None);
         let salted = Before::Start(Some("key".into()));
-        let other_form = Content::new(start(), 1, &[1; BLOCK_TOKENS]).expect("whole");
+        let other_form = Content::new(start(), 1, &[1; BLOCK_TOKENS]);
         for other in [content(salted, 1), content(Before::Block(node), 1), content(start(), 2), other_form] {
             assert_eq!(pool.find(&other), None);
         }
-        assert!(Content::new(start(), 0, &[1; 63]).is_none());
+        assert_eq!(pool.find(&Content::new(start(), 0, &[1; 63])), None);
+    }
+
+    #[test]
+    fn rows_that_two_blocks_have_in_common_are_found() {
+        let mut pool = BlockPool::new(8);
+        let mut know = |before: Before, form, tokens: &[u32], promised_by| {
+            let block = pool.take().expect("free");
+            let node = pool.know(block, Content::new(before, form, tokens), None, promised_by);
+            pool.release(block);
+            (block, node)
+        };
+        let (short, _) = know(start(), 0, &[1, 2, 3], None);
+        let (long, node) = know(start(), 0, &[[1, 2].as_slice(), &[4; 62]].concat(), None);
+        let (formed, _) = know(start(), 2, &[1, 2, 3, 4, 5], None);
+        know(Before::Start(Some("key".into())), 0, &[1, 2, 3, 4], None);
+        know(Before::Block(node), 0, &[9; 5], None);
+        let find = |pool: &BlockPool, form, tokens: &[u32]| {
+            pool.find_part(&start(), form, tokens).map(|p| (p.block, p.rows))
+        };
+        assert_eq!(find(&pool, 0, &[1, 2, 3, 4, 5]), Some((short, 3)));
+        assert_eq!(find(&pool, 0, &[1, 2, 4, 4, 5]), Some((long, 4)));
+        assert_eq!(find(&pool, 2, &[1, 2, 3, 4]), Some((formed, 4)));
+        // The third row has another form there.
+        assert_eq!(find(&pool, 3, &[1, 2, 3, 4]), Some((formed, 2)));
+        assert_eq!(find(&pool, 0, &[2]), None);
+        assert_eq!(pool.find_part(&Before::Block(node), 0, &[9; 9]).map(|p| p.rows), Some(5));
+        // What was of use stays longest.
+        pool.touch(short);
+        let taken: Vec<u32> = std::iter::from_fn(|| pool.take()).collect();
+        assert_eq!((taken.len(), taken.last()), (8, Some(&short)));
+        assert_eq!(find(&pool, 0, &[1, 2, 3]), None);
+        assert!(pool.followers.is_empty() && pool.index.is_empty());
+    }
+
+    #[test]
+    fn a_block_is_forgotten_by_its_name_alone() {
+        let mut pool = BlockPool::new(1);
+        let a = pool.take().expect("free");
+        let node = pool.know(a, content(start(), 1), None, None);
+        pool.release(a);
+        pool.forget_node(a, Node(99));
+        assert_eq!((pool.idle(), pool.free()), (1, 1));
+        pool.forget_node(a, node);
+        assert_eq!((pool.idle(), pool.free(), pool.find(&content(start(), 1))), (0, 1, None));
+        // Held by somebody else meanwhile: only its name goes.
+        let a = pool.take().expect("free");
+        let node = pool.know(a, content(start(), 1), None, None);
+        pool.forget_node(a, node);
+        assert_eq!((pool.idle(), pool.free(), pool.find(&content(start(), 1))), (0, 0, None));
     }
 
     #[test]

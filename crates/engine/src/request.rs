@@ -337,6 +337,8 @@ pub enum Event {
     Failed {
         /// What happened, fit for a client to read.
         message: String,
+        /// The request's own grammar cannot be followed: it is to blame, not the engine.
+        by_grammar: bool,
     },
 }
 

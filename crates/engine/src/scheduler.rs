@@ -7,6 +7,7 @@
 //!
 //! Whole blocks are known by their content. A sequence that is admitted begins behind the known blocks of its
 //! beginning, and promises those that it is about to compute: another one that needs a promised block next waits.
+//! Behind its known blocks it begins with a copy of the rows that it has in common with another block there.
 
 use std::sync::Arc;
 
@@ -17,9 +18,14 @@ use oxseek_model::{
 
 use crate::{
     BlockPool,
-    blocks::{Before, Content, Found, Node},
+    blocks::{Before, Content, Found, Node, Part, common_rows},
     tenants::Tenants,
 };
+
+/// Fewer rows are computed again rather than copied: every prompt begins with the same few tokens.
+const COPIED_ROWS_MIN: usize = 8;
+/// For fewer rows than these nobody waits for the sequence that is about to compute them.
+const AWAITED_ROWS_MIN: usize = BLOCK_TOKENS / 2;
 
 /// Names a sequence; larger is younger.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -53,7 +59,7 @@ pub struct Arrival {
     pub tenant: u64,
     /// Only sequences with the same salt share blocks.
     pub salt: Option<Arc<str>>,
-    /// The form in which each block of the prompt is computed; 0 from its end on.
+    /// How many rows of each block of the prompt are computed in the form of prompts; 0 from its end on.
     pub forms: Arc<[u8]>,
     /// Logits of every row of the prompt are wanted. Nothing of it is taken from the cache then.
     pub score: bool,
@@ -105,7 +111,17 @@ pub struct Scheduler {
     tenants: Tenants,
     /// Rows per running sequence in the step that was planned.
     planned: Vec<(SequenceId, usize)>,
+    /// What is to be copied before the step that was planned, in this order.
+    copies: Vec<RowCopy>,
     reuse: Reuse,
+}
+
+/// Rows that a sequence begins with.
+#[derive(Debug, Clone, Copy)]
+struct RowCopy {
+    id: SequenceId,
+    from: u32,
+    to: u32,
 }
 
 #[derive(Debug)]
@@ -130,8 +146,29 @@ struct Sequence {
     unscored: Option<usize>,
     /// Tokens that were in the cache when it was first admitted.
     cached: Option<usize>,
-    /// The block that it waits for.
-    awaits: Option<(Content, SequenceId)>,
+    /// What it waits for.
+    awaits: Option<Awaited>,
+    /// The known block that it has copied rows of.
+    copied: Option<(u32, Node)>,
+}
+
+/// What a running sequence is about to compute.
+#[derive(Debug)]
+struct Awaited {
+    by: SequenceId,
+    /// It is there when this many of its tokens are in the cache,
+    position: usize,
+    /// or when this block, which is whole, is not promised any more.
+    block: Option<Content>,
+}
+
+/// What a waiting sequence begins with, or waits for.
+#[derive(Debug, Default)]
+struct Beginning {
+    blocks: Vec<Found>,
+    /// Rows to copy behind these blocks.
+    part: Option<Part>,
+    awaits: Option<Awaited>,
 }
 
 /// Who goes first.
@@ -155,6 +192,7 @@ impl Sequence {
             unscored: arrival.score.then_some(0),
             cached: None,
             awaits: None,
+            copied: None,
         }
     }
 
@@ -168,12 +206,26 @@ impl Sequence {
 
     /// The content of whole block `at` behind `nodes`.
     fn content(&self, at: usize, nodes: &[Node]) -> Option<Content> {
-        let before = match at.checked_sub(1) {
-            None => Before::Start(self.salt.clone()),
-            Some(last) => Before::Block(*nodes.get(last)?),
-        };
         let tokens = self.tokens.get(at * BLOCK_TOKENS..(at + 1) * BLOCK_TOKENS)?;
-        Content::new(before, self.forms.get(at).copied().unwrap_or(0), tokens)
+        Some(Content::new(self.before(at, nodes)?, self.form(at), tokens))
+    }
+
+    /// What comes before block `at` behind `nodes`.
+    fn before(&self, at: usize, nodes: &[Node]) -> Option<Before> {
+        match at.checked_sub(1) {
+            None => Some(Before::Start(self.salt.clone())),
+            Some(last) => Some(Before::Block(*nodes.get(last)?)),
+        }
+    }
+
+    fn form(&self, block: usize) -> u8 {
+        self.forms.get(block).copied().unwrap_or(0)
+    }
+
+    /// The form and the tokens of block `at`, as far as there are tokens before `end`.
+    fn rows(&self, at: usize, end: usize) -> (u8, &[u32]) {
+        let end = end.min((at + 1) * BLOCK_TOKENS).min(self.tokens.len());
+        (self.form(at), self.tokens.get(at * BLOCK_TOKENS..end).unwrap_or_default())
     }
 }
 
@@ -187,6 +239,7 @@ impl Scheduler {
             waiting: Vec::new(),
             tenants: Tenants::default(),
             planned: Vec::new(),
+            copies: Vec::new(),
             reuse: Reuse::default(),
         }
     }
@@ -197,11 +250,13 @@ impl Scheduler {
         self.waiting.push(Sequence::new(id, arrival));
     }
 
-    /// Plans a step into `batch`, and the sequences that get rows of logits, in that order, into `wanted`.
+    /// Plans a step into `batch`, and the sequences that get rows of logits, in that order, into `wanted`. The step
+    /// needs what [`Self::copies`] then says.
     pub fn plan(&mut self, batch: &mut Batch, wanted: &mut Vec<Wanted>) {
         batch.clear();
         wanted.clear();
         self.planned.clear();
+        self.copies.clear();
         let mut step =
             Step { rows: self.limits.step_tokens_max, score_rows: self.limits.score_rows_max, batch, wanted };
         self.find_blocks_to_decode();
@@ -258,42 +313,77 @@ impl Scheduler {
             let served = |s: &Sequence| if s.cached.is_some() { 0 } else { self.tenants.served(s.tenant) };
             let ranks = self.waiting.iter().enumerate().filter(|(_, s)| open(s));
             let next = ranks.map(|(at, s)| ((s.priority, served(s), s.id), at)).min()?;
-            let (_, promise) = self.known_beginning(&self.waiting[next.1]);
-            if promise.is_none() {
+            let awaits = self.beginning(&self.waiting[next.1]).awaits;
+            if awaits.is_none() {
                 return Some(next);
             }
-            self.waiting[next.1].awaits = promise;
+            self.waiting[next.1].awaits = awaits;
         }
     }
 
-    /// Whether the block that a sequence waits for is still being computed.
+    /// Whether what a sequence waits for is still being computed.
     fn awaits_promise(&self, s: &Sequence) -> bool {
-        let Some((content, by)) = &s.awaits else { return false };
-        self.keeps_promises(*by) && self.pool.find(content).is_some_and(|f| f.promised_by == Some(*by))
+        let Some(Awaited { by, position, block }) = &s.awaits else { return false };
+        let promised = |c| self.pool.find(c).is_some_and(|f| f.promised_by == Some(*by));
+        self.keeps_promises(*by)
+            && self.running.iter().any(|r| r.id == *by && r.computed < *position)
+            && block.as_ref().is_none_or(promised)
     }
 
     fn keeps_promises(&self, id: SequenceId) -> bool {
         self.running.iter().any(|s| s.id == id && !s.paused)
     }
 
-    /// The known blocks that a sequence begins with, and the promised one behind them if there is one. The last token
-    /// is never among them, since its logits are wanted.
-    fn known_beginning(&self, s: &Sequence) -> (Vec<Found>, Option<(Content, SequenceId)>) {
-        let mut found = Vec::new();
+    /// What a sequence begins with, or waits for. Its last token is never among it, since its logits are wanted.
+    fn beginning(&self, s: &Sequence) -> Beginning {
+        let mut beginning = Beginning::default();
         if !self.limits.reuse || s.unscored.is_some_and(|p| p < s.prompt_tokens) {
-            return (found, None);
+            return beginning;
         }
         let mut nodes = Vec::new();
         for at in 0..(s.tokens.len() - 1) / BLOCK_TOKENS {
             let Some(content) = s.content(at, &nodes) else { break };
             let Some(f) = self.pool.find(&content) else { break };
             if let Some(by) = f.promised_by {
-                return (found, self.keeps_promises(by).then_some((content, by)));
+                if self.keeps_promises(by) {
+                    let position = (at + 1) * BLOCK_TOKENS;
+                    beginning.awaits = Some(Awaited { by, position, block: Some(content) });
+                    return beginning;
+                }
+                break;
             }
             nodes.push(f.node);
-            found.push(f);
+            beginning.blocks.push(f);
         }
-        (found, None)
+        self.find_part(s, &nodes, &mut beginning);
+        beginning
+    }
+
+    /// Looks for rows in common with the block that follows `nodes` in a sequence: in known blocks, and in those of
+    /// running sequences, which may be about to compute them.
+    fn find_part(&self, s: &Sequence, nodes: &[Node], beginning: &mut Beginning) {
+        let at = nodes.len();
+        let Some(before) = s.before(at, nodes) else { return };
+        // One row of the block is left to compute, since a block that it has promised is settled when that ends.
+        let own = s.rows(at, (s.tokens.len() - 1).min((at + 1) * BLOCK_TOKENS - 1));
+        let known = self.pool.find_part(&before, own.0, own.1);
+        let mut best = known.unwrap_or(Part { block: 0, rows: 0, node: None });
+        let mut awaited = (0, None);
+        for r in self.running.iter().filter(|r| r.before(at, &r.nodes).as_ref() == Some(&before)) {
+            let common = common_rows(own, r.rows(at, r.tokens.len()));
+            let rows = common.min(r.computed.saturating_sub(at * BLOCK_TOKENS));
+            if rows > best.rows {
+                best = Part { block: r.blocks[at], rows, node: None };
+            }
+            if !r.paused && rows < common && common > awaited.0 {
+                let position = at * BLOCK_TOKENS + common;
+                awaited = (common, Some(Awaited { by: r.id, position, block: None }));
+            }
+        }
+        if awaited.0 >= best.rows + AWAITED_ROWS_MIN {
+            beginning.awaits = awaited.1;
+        }
+        beginning.part = Some(best).filter(|p| p.rows >= COPIED_ROWS_MIN);
     }
 
     /// The planned step ran: its rows are in the cache.
@@ -313,8 +403,17 @@ impl Scheduler {
         }
     }
 
+    /// The planned step failed: what was to be copied may not be there.
+    pub fn step_failed(&mut self) {
+        for RowCopy { id, .. } in std::mem::take(&mut self.copies) {
+            if let Some(s) = self.running.iter_mut().find(|s| s.id == id) {
+                s.computed = s.computed / BLOCK_TOKENS * BLOCK_TOKENS;
+            }
+        }
+    }
+
     /// Block `block` of a sequence is whole and computed: others may have it. If there is one like it already, the
-    /// sequence goes on with that one.
+    /// sequence goes on with that one. If another sequence has promised one like it, nobody waits for that any more.
     fn settle(&mut self, at: usize, block: usize) {
         let s = &mut self.running[at];
         if self.pool.fulfil(s.blocks[block]) {
@@ -330,16 +429,21 @@ impl Scheduler {
                 s.nodes.truncate(block);
                 s.nodes.push(found.node);
             }
-            Some(found) => {
-                s.nodes.truncate(block);
-                s.nodes.push(found.node);
-            }
-            None => {
-                let node = self.pool.know(own, content, s.nodes.get(block).copied(), None);
+            found => {
+                if let Some(promised) = found.filter(|f| f.block != own) {
+                    self.pool.forget(promised.block);
+                }
+                let node = found.map(|f| f.node).or_else(|| s.nodes.get(block).copied());
+                let node = self.pool.know(own, content, node, None);
                 s.nodes.truncate(block);
                 s.nodes.push(node);
             }
         }
+    }
+
+    /// Blocks to copy before the planned step runs, `(from, to)`, in this order.
+    pub fn copies(&self) -> impl Iterator<Item = (u32, u32)> {
+        self.copies.iter().map(|c| (c.from, c.to)).filter(|(from, to)| from != to)
     }
 
     /// Sequences of the planned step.
@@ -384,6 +488,7 @@ impl Scheduler {
             unscored: parent.unscored,
             cached: parent.cached,
             awaits: None,
+            copied: parent.copied,
         };
         self.tenants.enter(fork.tenant);
         let part =
@@ -410,23 +515,41 @@ impl Scheduler {
             self.tenants.leave(self.waiting.remove(at).tenant);
         }
         if let Some(at) = self.running.iter().position(|s| s.id == id) {
-            let s = self.running.remove(at);
+            let mut s = self.running.remove(at);
             self.tenants.leave(s.tenant);
-            self.release(s.blocks);
+            self.release(&mut s);
         }
     }
 
     /// Ends a sequence that is broken: nobody may find what it computed or used.
     pub fn discard(&mut self, id: SequenceId) {
-        if let Some(s) = self.running.iter().find(|s| s.id == id) {
+        if let Some(s) = self.running.iter_mut().find(|s| s.id == id) {
+            s.computed = 0;
             s.blocks.iter().for_each(|&b| self.pool.forget(b));
+            if let Some((block, node)) = s.copied {
+                self.pool.forget_node(block, node);
+            }
         }
         self.finish(id);
     }
 
-    /// The last blocks first, so that a beginning stays longer than what followed it.
-    fn release(&mut self, blocks: Vec<u32>) {
-        blocks.into_iter().rev().for_each(|b| self.pool.release(b));
+    /// Gives a sequence's blocks back: the last ones first, so that a beginning stays longer than what followed it.
+    fn release(&mut self, s: &mut Sequence) {
+        self.keep_part(s);
+        std::mem::take(&mut s.blocks).into_iter().rev().for_each(|b| self.pool.release(b));
+    }
+
+    /// The rows of a sequence's last block, which is not whole, may be found, unless others know them all.
+    fn keep_part(&mut self, s: &Sequence) {
+        let at = s.computed / BLOCK_TOKENS;
+        let (form, tokens) = s.rows(at, s.computed);
+        if !self.limits.reuse || tokens.len() < COPIED_ROWS_MIN {
+            return;
+        }
+        let Some(before) = s.before(at, &s.nodes) else { return };
+        if self.pool.find_part(&before, form, tokens).is_none_or(|p| p.rows < tokens.len()) {
+            self.pool.know(s.blocks[at], Content::new(before, form, tokens), None, None);
+        }
     }
 
     /// Keeps a sequence out of the steps, or lets it in again. It keeps its blocks until somebody needs them.
@@ -508,7 +631,7 @@ impl Scheduler {
         let Some(at) = paused.or_else(least) else { return };
         let mut s = self.running.remove(at);
         self.reuse.preempted += 1;
-        self.release(std::mem::take(&mut s.blocks));
+        self.release(&mut s);
         s.push_back();
         self.waiting.push(s);
     }
@@ -523,14 +646,14 @@ impl Scheduler {
         if places(&self.running, false) + own > self.limits.sequences_max {
             return false;
         }
-        let (known, blocks) = loop {
+        let (beginning, blocks) = loop {
             let next = &self.waiting[at];
-            let (known, _) = self.known_beginning(next);
-            let blocks = blocks_for(next.tokens.len()) - known.len();
-            let idle = known.iter().filter(|f| self.pool.is_idle(f.block)).count();
+            let beginning = self.beginning(next);
+            let blocks = blocks_for(next.tokens.len()) - beginning.blocks.len();
+            let idle = beginning.blocks.iter().filter(|f| self.pool.is_idle(f.block)).count();
             let place = places(&self.running, true) + own <= self.limits.sequences_max;
             if place && blocks <= self.pool.free() - idle {
-                break (known, blocks);
+                break (beginning, blocks);
             }
             if !self.running.iter().any(|s| s.paused) {
                 return false;
@@ -539,22 +662,44 @@ impl Scheduler {
             self.preempt_one();
         };
         let mut s = self.waiting.remove(at);
-        for found in &known {
+        self.begin(&mut s, &beginning, blocks);
+        self.running.push(s);
+        true
+    }
+
+    /// Gives a sequence its beginning and `blocks` more blocks.
+    fn begin(&mut self, s: &mut Sequence, beginning: &Beginning, blocks: usize) {
+        let whole = beginning.blocks.len();
+        for found in &beginning.blocks {
             self.pool.share(found.block);
             s.blocks.push(found.block);
             s.nodes.push(found.node);
         }
+        s.computed = whole * BLOCK_TOKENS;
+        if let Some(part) = beginning.part {
+            self.pool.touch(part.block);
+        }
         s.blocks.extend((0..blocks).map_while(|_| self.pool.take()));
-        s.computed = known.len() * BLOCK_TOKENS;
+        if let Some(part) = beginning.part {
+            self.copy(s, part);
+        }
         s.awaits = None;
         if s.cached.is_none() {
             s.cached = Some(s.computed);
             self.reuse.asked += s.tokens.len() as u64;
             self.reuse.found += s.computed as u64;
         }
-        self.promise(&mut s, known.len());
-        self.running.push(s);
-        true
+        self.promise(s, whole);
+    }
+
+    /// Begins behind a copy of `part`. Its block may be taken for others by now, even for this one: nothing is written
+    /// there before the copies of the step are made.
+    fn copy(&mut self, s: &mut Sequence, part: Part) {
+        let to = s.blocks[s.computed / BLOCK_TOKENS];
+        s.computed += part.rows;
+        s.copied = part.node.map(|node| (part.block, node));
+        // Also when it is that block itself: should the step fail, its rows are not used.
+        self.copies.push(RowCopy { id: s.id, from: part.block, to });
     }
 
     /// Says which whole blocks a sequence is going to compute, from block `from` on.
@@ -622,6 +767,7 @@ impl Sequence {
         self.computed = 0;
         self.nodes.clear();
         self.awaits = None;
+        self.copied = None;
     }
 }
 
@@ -767,16 +913,134 @@ mod tests {
         s.submit(SequenceId(5), Arrival { prompt: vec![9; 20], ..Arrival::default() });
         assert_eq!(step(&mut s), [(1, 100)]);
         assert_eq!(step(&mut s), [(1, 100)]);
-        // 192 tokens are there; the last 18 are everyone's own.
-        assert_eq!(step(&mut s), [(1, 10), (2, 18), (3, 18), (4, 18), (5, 20)]);
-        assert_eq!(s.reuse(), Reuse { asked: 4 * 210 + 20, found: 3 * 192, preempted: 0 });
-        assert_eq!(s.progress(SequenceId(3)), Some(Progress { done: 210, total: 210, cached: 192 }));
+        // 192 tokens are there in whole blocks, and 8 more to copy; the last 10 are everyone's own.
+        assert_eq!(step(&mut s), [(1, 10), (2, 10), (3, 10), (4, 10), (5, 20)]);
+        assert_eq!(s.reuse(), Reuse { asked: 4 * 210 + 20, found: 3 * 200, preempted: 0 });
+        assert_eq!(s.progress(SequenceId(3)), Some(Progress { done: 210, total: 210, cached: 200 }));
         assert_eq!(s.blocks().0, 3 + 4 + 1);
         (1..=5).for_each(|id| s.finish(SequenceId(id)));
-        assert_eq!((s.blocks(), s.blocks_kept()), ((0, 50), 3));
+        // Each of them leaves what it had of its last block.
+        assert_eq!((s.blocks(), s.blocks_kept()), ((0, 50), 3 + 4 + 1));
         // Later too, and the last token is computed in any case.
         s.submit(SequenceId(6), arrival(192, 0));
-        assert_eq!(step(&mut s), [(6, 64)]);
+        assert_eq!(step(&mut s), [(6, 1)]);
+        assert_eq!(s.progress(SequenceId(6)).map(|p| p.cached), Some(191));
+    }
+
+    /// One step, and what is copied for it.
+    fn step_with_copies(s: &mut Scheduler) -> (Vec<(u64, usize)>, usize) {
+        let rows = step(s);
+        (rows, s.copies().count())
+    }
+
+    /// A common beginning, and more of its own.
+    fn begins(common: usize, own: u32, tokens: usize) -> Arrival {
+        Arrival { prompt: [vec![1; common], vec![own; tokens]].concat(), ..Arrival::default() }
+    }
+
+    #[test]
+    fn rows_of_a_block_that_is_not_whole_are_copied() {
+        let mut s = reusing(8, 1000, 50);
+        s.submit(SequenceId(1), begins(100, 2, 5));
+        assert_eq!(step_with_copies(&mut s), (vec![(1, 105)], 0));
+        // From one that runs, and from a block that is whole and goes on with others.
+        s.submit(SequenceId(2), begins(100, 3, 60));
+        assert_eq!(step_with_copies(&mut s), (vec![(1, 1), (2, 60)], 1));
+        s.submit(SequenceId(3), begins(110, 3, 1));
+        assert_eq!(step_with_copies(&mut s), (vec![(1, 1), (2, 1), (3, 11)], 1));
+        // From those that have ended, with what they answered.
+        (1..=3).for_each(|id| s.finish(SequenceId(id)));
+        let answered = [vec![1; 100], vec![2; 5], vec![7; 9]].concat();
+        s.submit(SequenceId(4), Arrival { prompt: answered, ..Arrival::default() });
+        assert_eq!(step_with_copies(&mut s), (vec![(4, 114 - 107)], 1));
+        // Too few to be worth it.
+        s.submit(SequenceId(5), begins(64 + COPIED_ROWS_MIN - 1, 9, 20));
+        assert_eq!(step_with_copies(&mut s), (vec![(4, 1), (5, 20 + COPIED_ROWS_MIN - 1)], 0));
+        let cached = [3, 4, 5].map(|id| s.progress(SequenceId(id)).map(|p| p.cached));
+        assert_eq!(cached, [None, Some(107), Some(64)]);
+    }
+
+    #[test]
+    fn many_rows_that_are_about_to_be_computed_are_waited_for() {
+        let mut s = reusing(8, 64, 50);
+        s.submit(SequenceId(1), begins(64 + 50, 2, 1));
+        s.submit(SequenceId(2), begins(64 + 50, 3, 30));
+        assert_eq!(step(&mut s), [(1, 64)]);
+        // There is room for some rows of the second one, but it will find them.
+        s.submit(SequenceId(3), arrival(1, 0));
+        assert_eq!(step(&mut s), [(1, 51), (3, 1)]);
+        assert_eq!(step(&mut s), [(1, 1), (3, 1), (2, 30)]);
+        // Nobody waits for few.
+        let mut s = reusing(8, 64, 50);
+        s.submit(SequenceId(1), begins(AWAITED_ROWS_MIN - 1, 2, 30));
+        s.submit(SequenceId(2), begins(AWAITED_ROWS_MIN - 1, 3, 3));
+        assert_eq!(step(&mut s), [(1, 61), (2, 3)]);
+        // Nor for one that stands still.
+        let mut s = reusing(8, 10, 50);
+        s.submit(SequenceId(1), begins(50, 2, 30));
+        assert_eq!(step(&mut s), [(1, 10)]);
+        s.submit(SequenceId(2), begins(50, 3, 30));
+        s.pause(SequenceId(1), true);
+        assert_eq!(step_with_copies(&mut s), (vec![(2, 10)], 1));
+        assert_eq!(s.progress(SequenceId(2)).map(|p| p.cached), Some(10));
+    }
+
+    #[test]
+    fn what_is_there_is_not_waited_for_although_another_has_promised_it() {
+        let mut s = reusing(8, 50, 50);
+        s.submit(SequenceId(1), arrival(100, 0));
+        assert_eq!(step(&mut s), [(1, 50)]);
+        s.pause(SequenceId(1), true);
+        s.submit(SequenceId(2), arrival(100, 0));
+        assert_eq!(step_with_copies(&mut s), (vec![(2, 50)], 1));
+        s.pause(SequenceId(1), false);
+        s.submit(SequenceId(3), arrival(66, 0));
+        assert_eq!(step(&mut s), [(2, 1), (1, 49)]);
+        // The first one has given its block up for the second one's.
+        assert_eq!(step(&mut s), [(2, 1), (1, 1), (3, 2)]);
+        assert_eq!(s.blocks().0, 1 + 3);
+    }
+
+    #[test]
+    fn a_block_may_be_taken_for_the_one_that_copies_it() {
+        let mut s = reusing(2, 100, 1);
+        s.submit(SequenceId(1), begins(20, 2, 10));
+        step(&mut s);
+        s.finish(SequenceId(1));
+        s.submit(SequenceId(2), begins(20, 3, 10));
+        // The only block is where the rows are already.
+        assert_eq!(step_with_copies(&mut s), (vec![(2, 10)], 0));
+        assert_eq!((s.blocks(), s.blocks_kept()), ((1, 1), 0));
+    }
+
+    #[test]
+    fn copies_of_a_step_that_failed_are_not_found_again() {
+        let mut s = reusing(2, 100, 9);
+        s.submit(SequenceId(1), begins(60, 2, 1));
+        step(&mut s);
+        s.finish(SequenceId(1));
+        let kept = s.blocks_kept();
+        s.submit(SequenceId(2), begins(50, 3, 10));
+        let (mut batch, mut wanted) = (Batch::default(), Vec::new());
+        s.plan(&mut batch, &mut wanted);
+        assert_eq!((s.copies().count(), batch.tokens.len()), (1, 10));
+        s.step_failed();
+        s.finish(SequenceId(2));
+        assert_eq!((s.copies().count(), s.blocks_kept()), (0, kept));
+    }
+
+    #[test]
+    fn what_a_broken_one_was_copied_from_is_not_found_again() {
+        let mut s = reusing(2, 100, 9);
+        s.submit(SequenceId(1), begins(60, 2, 1));
+        step(&mut s);
+        s.finish(SequenceId(1));
+        s.submit(SequenceId(2), begins(50, 3, 10));
+        assert_eq!(step_with_copies(&mut s), (vec![(2, 10)], 1));
+        s.discard(SequenceId(2));
+        assert_eq!((s.blocks(), s.blocks_kept()), ((0, 9), 0));
+        s.submit(SequenceId(3), begins(50, 3, 10));
+        assert_eq!(step_with_copies(&mut s), (vec![(3, 60)], 0));
     }
 
     #[test]
@@ -934,6 +1198,9 @@ mod tests {
                         let count = written.len();
                         written.dedup();
                         prop_assert_eq!(count, written.len());
+                        for (from, to) in s.copies() {
+                            cache[to as usize] = cache[from as usize].clone();
+                        }
                         let ids: Vec<SequenceId> = s.planned().collect();
                         for (q, id) in batch.sequences.iter().zip(&ids) {
                             prop_assert_eq!(q.blocks.len(), blocks_for(q.start + q.tokens.len()));
@@ -952,6 +1219,10 @@ mod tests {
                             }
                         }
                         if fails {
+                            for (_, to) in s.copies() {
+                                cache[to as usize].fill(None);
+                            }
+                            s.step_failed();
                             for id in ids {
                                 s.finish(id);
                                 alive.retain(|a| a.0 != id);

@@ -50,17 +50,25 @@ struct Failure {
     message: String,
     /// What it computed cannot be trusted.
     broken: bool,
+    /// Its grammar cannot be followed.
+    by_grammar: bool,
+}
+
+impl Failure {
+    fn of_grammar(message: String) -> Self {
+        Self { by_grammar: true, ..message.into() }
+    }
 }
 
 impl From<String> for Failure {
     fn from(message: String) -> Self {
-        Self { message, broken: false }
+        Self { message, broken: false, by_grammar: false }
     }
 }
 
 impl From<SampleError> for Failure {
     fn from(e: SampleError) -> Self {
-        Self { message: e.to_string(), broken: e == SampleError::NotFinite }
+        Self { broken: e == SampleError::NotFinite, ..e.to_string().into() }
     }
 }
 
@@ -291,8 +299,9 @@ impl Worker {
         let rows = self.batch.logit_rows() * self.model.limits().vocab;
         let embeds = self.wanted.iter().any(|w| w.draw && self.embeds(w.id));
         let (model, batch, logits) = (&mut self.model, &self.batch, &mut self.logits[..rows]);
-        let hidden = &mut self.hidden;
+        let (scheduler, hidden) = (&self.scheduler, &mut self.hidden);
         let run = || {
+            scheduler.copies().try_for_each(|(from, to)| model.copy_block(from, to))?;
             model.forward(batch, logits)?;
             if !embeds {
                 return Ok(());
@@ -339,7 +348,7 @@ impl Worker {
                         choice.guide = Some(guide);
                     }
                 }
-                Err(message) => self.fail(request_id, message.into()),
+                Err(message) => self.fail(request_id, Failure::of_grammar(message)),
             }
         }
     }
@@ -493,7 +502,7 @@ impl Worker {
         let mut events = Vec::new();
         match sampled {
             Some(sampled) if !choice.must_end() && !ends.contains(&sampled.id) => {
-                choice.commit(sampled, request, &self.tokenizer, &mut events)?;
+                choice.commit(sampled, request, &self.tokenizer, &mut events).map_err(Failure::of_grammar)?;
             }
             end => choice.commit_end(end, request, &mut events),
         }
@@ -539,6 +548,7 @@ impl Worker {
     /// Fails every request of the step, and the engine when the model does not work any more.
     fn fail_step(&mut self, error: Option<&ModelError>) {
         add(&self.monitor.counters.steps_failed, 1);
+        self.scheduler.step_failed();
         let message = match error {
             Some(e) => e.to_string(),
             None => "the engine met an internal error in this step".into(),
@@ -577,7 +587,8 @@ impl Worker {
         }
         if let Some(outbox) = self.close(request_id) {
             // A reader that is behind sees its stream end without the last event.
-            let _ = outbox.channel.try_send(Event::Failed { message: failure.message });
+            let Failure { message, by_grammar, .. } = failure;
+            let _ = outbox.channel.try_send(Event::Failed { message, by_grammar });
         }
     }
 

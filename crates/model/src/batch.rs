@@ -136,8 +136,8 @@ pub trait LanguageModel: Send {
     /// [`ModelError`] when a block does not exist.
     fn copy_block(&mut self, from: u32, to: u32) -> Result<(), ModelError>;
 
-    /// The form in which block `block` of a sequence with a prompt of `prompt_tokens` tokens is computed; 0 for one
-    /// that lies behind the prompt. Two sequences whose tokens and forms are equal up to and including a block have the
-    /// same bits in it.
+    /// How many rows of block `block` of a sequence with a prompt of `prompt_tokens` tokens are computed in another
+    /// form than the rows of an answer are; they are its first ones. Two sequences whose tokens are equal up to and
+    /// including a row, and computed in the same form, have the same bits in it.
     fn block_form(&self, block: usize, prompt_tokens: usize) -> u8;
 }

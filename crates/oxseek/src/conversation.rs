@@ -74,7 +74,7 @@ pub async fn stream(mut ticket: Ticket, thinking: bool) -> Result<(String, Optio
                 answer.push_str(&text);
             }
             Some(Event::Finished { usage: u, .. }) => usage = Some(u),
-            Some(Event::Failed { message }) => return Err(Failure::Run(message)),
+            Some(Event::Failed { message, .. }) => return Err(Failure::Run(message)),
             Some(
                 Event::Done { .. }
                 | Event::Progress { .. }

@@ -199,6 +199,11 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "the server met an internal error")
     }
 
+    /// A grammar that compiled turned out to be too much work in the middle of an answer.
+    pub(crate) fn grammar(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+    }
+
     /// The engine gave up on a request.
     pub(crate) fn failed(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)

@@ -34,6 +34,9 @@ use crate::{
 /// Largest message from a client: what a body may hold, and a frame around it.
 const MESSAGE_BYTES_MAX: usize = BODY_BYTES_MAX + (1 << 10);
 
+/// The protocol that clients offer beside their key.
+const PROTOCOL: &str = "realtime";
+
 /// How many sockets there are, and whether they are to close. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Sockets {
@@ -85,7 +88,9 @@ where
     let permit = Arc::clone(&doors.sockets.places).try_acquire_owned();
     let permit = permit.map_err(|_| ApiError::too_many_sockets())?;
     let place = Place { doors, asker: Asker::new(&parts), closing, _permit: permit };
-    Ok(connection::bounded(upgrade).on_upgrade(|socket| run(socket, place)))
+    // A browser that offers its key as a protocol gives up unless one that it offers is chosen.
+    let upgrade = connection::bounded(upgrade).protocols([PROTOCOL]);
+    Ok(upgrade.on_upgrade(|socket| run(socket, place)))
 }
 
 /// A page of another site can open a socket to a local server without asking first, so its origin is checked here.

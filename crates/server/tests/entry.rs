@@ -15,6 +15,7 @@ use oxseek_server::{
     KeyHash, KeyLimits, KeyRecord, Keyring, LogFormat, Logger, Origins, Role, ServerOptions,
 };
 use serde_json::{Value, json};
+use tungstenite::{Message, client::IntoClientRequest};
 
 const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
@@ -305,6 +306,96 @@ fn no_key_and_no_prompt_ever_shows() {
         assert!(seen.contains("x-request-id: mine-1"));
         if format == LogFormat::Json {
             log.lines().for_each(|l| assert!(serde_json::from_str::<Value>(l).is_ok(), "{l}"));
+        }
+    }
+}
+
+/// Everything that the server says on a socket at `path`, from its handshake to its close, to somebody who sends
+/// `messages`. The key comes as a browser sends it, in the query, and in a header.
+fn heard(server: &Server, path: &str, key: &str, messages: &[String]) -> String {
+    let url = format!("ws://{}{path}?key={key}", server.address);
+    let mut request = url.into_client_request().unwrap();
+    let offered = format!("realtime, openai-insecure-api-key.{key}");
+    request.headers_mut().insert("sec-websocket-protocol", offered.parse().unwrap());
+    request.headers_mut().insert("cookie", format!("key={key}").parse().unwrap());
+    let mut heard = String::new();
+    let mut socket = match tungstenite::client(request, server.connect()) {
+        Ok((socket, handshake)) => {
+            write!(heard, "{handshake:?}").unwrap();
+            socket
+        }
+        Err(refused) => return format!("{refused:?}"),
+    };
+    for message in messages {
+        socket.send(Message::text(message.as_str())).unwrap();
+        let last = ["done", "error", "response.completed", "response.incomplete"];
+        loop {
+            let text = match socket.read().unwrap_or_else(|e| panic!("{e} after {message}: {heard}")) {
+                Message::Text(text) => text,
+                Message::Close(why) => panic!("closed after {message}: {why:?}"),
+                _ => continue,
+            };
+            heard += &text;
+            let kind = serde_json::from_str::<Value>(&text).unwrap()["type"].clone();
+            if last.iter().any(|l| kind == *l) {
+                break;
+            }
+        }
+    }
+    // Bytes are not spoken here.
+    socket.send(Message::binary(key.as_bytes().to_vec())).unwrap();
+    socket.close(None).unwrap();
+    while let Ok(message) = socket.read() {
+        write!(heard, "{message:?}").unwrap();
+    }
+    heard
+}
+
+#[test]
+fn no_key_and_no_prompt_shows_on_a_socket() {
+    let lines = Lines::default();
+    let logger = Logger::to(LogFormat::Json, lines.clone());
+    let server = Server::with(ServerOptions { logger, ..options(KeyLimits::default()) });
+    let engine = server.load(2, 2);
+    let chat = |body: Value| json!({"type": "chat", "id": "a", "body": body}).to_string();
+    let user = json!([{"role": "user", "content": SECRET}]);
+    let plain = [
+        chat(json!({"messages": user, "max_tokens": 2})),
+        chat(json!({"messages": user, "temperature": SECRET})),
+        chat(json!({"messages": SECRET, "speed": ALICE})),
+        json!({"type": SECRET, "id": ALICE, "key": ALICE}).to_string(),
+        format!("{{\"type\": \"{ALICE}"),
+    ];
+    let create = |body: Value| {
+        let mut all = json!({"type": "response.create", "store": false, "max_output_tokens": 16});
+        all.as_object_mut().unwrap().extend(body.as_object().unwrap().clone());
+        all.to_string()
+    };
+    let responses = [
+        create(json!({"input": SECRET})),
+        create(json!({"input": SECRET, "temperature": SECRET})),
+        create(json!({"input": {SECRET: ALICE}})),
+        create(json!({"input": SECRET, "previous_response_id": "resp_none"})),
+        json!({"type": ALICE, "input": SECRET}).to_string(),
+        format!("{{\"type\": \"{ALICE}"),
+    ];
+    let mut seen = String::new();
+    for (path, messages) in [("/ws", &plain[..]), ("/v1/responses", &responses[..])] {
+        let said = heard(&server, path, ALICE, messages);
+        assert!(said.contains("101") && said.contains("bytes of binary"), "{said}");
+        seen += &said;
+        let said = heard(&server, path, &format!("{ALICE}x"), messages);
+        assert!(said.contains("401"), "{said}");
+        seen += &said;
+        seen += &heard(&server, path, ADMIN, &[]);
+    }
+    assert_eq!(engine.stats().finished, 2);
+    seen += &server.get_with("/metrics", &bearer(ADMIN)).body;
+    wait_until("the log", || lines.text().matches("\"/ws\"").count() >= 2);
+    let log = lines.text();
+    for (what, text) in [("answers", &seen), ("log", &log)] {
+        for secret in [ALICE, ADMIN, SECRET] {
+            assert!(!text.contains(secret), "{what} hold {secret}: {text}");
         }
     }
 }

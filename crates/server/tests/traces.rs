@@ -12,6 +12,7 @@ use std::{
 use common::{Server, wait_until};
 use oxseek_server::{KeyHash, KeyLimits, KeyRecord, Keyring, Role, ServerOptions, Tracer};
 use serde_json::{Value, json};
+use tungstenite::client::IntoClientRequest;
 
 const CHAT: &str = "/v1/chat/completions";
 const KEY: &str = "oxk_canary_trace_3b7a";
@@ -107,13 +108,21 @@ fn a_collector_gets_one_span_per_request_and_no_secret() {
     let message =
         json!({"model": "oxseek-demo", "max_tokens": 2, "messages": [{"role": "user", "content": SECRET}]});
     assert_eq!(post(&server, "/v1/messages", "message", &sampled, &message), 200);
+    let path = format!("ws://{}/ws", server.address);
+    let mut request = path.into_client_request().unwrap();
+    let offered = format!("realtime, openai-insecure-api-key.{KEY}");
+    request.headers_mut().insert("sec-websocket-protocol", offered.parse().unwrap());
+    let (mut socket, _) = tungstenite::client(request, server.connect()).unwrap();
+    let message = json!({"type": "chat", "id": "a", "body": chat});
+    socket.send(tungstenite::Message::text(message.to_string())).unwrap();
+    while !socket.read().unwrap().to_string().contains("done") {}
     // Its sampler left this one out, and this one never came to the engine.
     assert_eq!(post(&server, CHAT, "unsampled", &sampled.replace("-01", "-00"), &chat), 200);
     assert_eq!(post(&server, CHAT, "wrong", "", &json!({"messages": []})), 400);
-    wait_until("all spans", || collector.spans().len() >= 5);
+    wait_until("all spans", || collector.spans().len() >= 6);
     assert_eq!(server.metric("oxseek_spans_dropped_total", &format!("authorization: Bearer {KEY}\r\n")), 0.0);
     server.stop().unwrap();
-    assert_eq!(collector.spans().len(), 5);
+    assert_eq!(collector.spans().len(), 6);
 
     let span = collector.span("chat");
     assert_eq!((&span["traceId"], &span["parentSpanId"]), (&json!(trace), &json!("b7ad6b7169203331")));

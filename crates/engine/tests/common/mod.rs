@@ -203,7 +203,7 @@ pub fn read(mut ticket: Ticket, n: usize) -> Result<Answer, String> {
                 answer.usage = usage;
                 return Ok(answer);
             }
-            Event::Failed { message } => return Err(message),
+            Event::Failed { message, .. } => return Err(message),
             Event::Progress { .. } | Event::PromptLogprobs { .. } | Event::Embedding { .. } => {}
         }
     }

@@ -202,7 +202,10 @@ impl Answer {
                 }
                 Some(Event::Embedding { .. }) => {}
                 Some(Event::PromptLogprobs { tokens, ranks, .. }) => self.scores[prompt].add(tokens, ranks),
-                Some(Event::Failed { message }) => return Some(Err(ApiError::failed(message))),
+                Some(Event::Failed { message, by_grammar: true }) => {
+                    return Some(Err(ApiError::grammar(message)));
+                }
+                Some(Event::Failed { message, .. }) => return Some(Err(ApiError::failed(message))),
                 None => {
                     return Some(Err(ApiError::failed(
                         "the answer was cut: its reader stood still for too long",

@@ -184,7 +184,7 @@ async fn read(index: usize, mut ticket: Ticket) -> Result<(usize, Vec<f32>, usiz
         match ticket.next().await {
             Some(Event::Embedding { values }) => vector = values,
             Some(Event::Finished { usage }) => return Ok((index, vector, usage.prompt_tokens)),
-            Some(Event::Failed { message }) => return Err(ApiError::failed(message)),
+            Some(Event::Failed { message, .. }) => return Err(ApiError::failed(message)),
             Some(_) => {}
             None => return Err(ApiError::failed("the engine cut the request")),
         }
