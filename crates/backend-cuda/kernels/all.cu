@@ -1,3 +1,4 @@
 // Everything in one translation unit: one fatbin.
 #include "plain.cu"
 #include "native.cu"
+#include "stream.cu"

@@ -222,12 +222,8 @@ __device__ __forceinline__ void product(const Matrix* weight, const __nv_bfloat1
   extern "C" __global__ void __launch_bounds__(256) name(const Matrix* w, const __nv_bfloat16* x, float* out, int rows, int add) { \
     product<FORMAT, MT, NT>(w, x, out, rows, add); \
   }
-PRODUCT(product_bf16_8, BF16, 1, 1)
-PRODUCT(product_bf16_16, BF16, 1, 2)
 PRODUCT(product_bf16_32, BF16, 2, 4)
 PRODUCT(product_bf16_64, BF16, 2, 8)
-PRODUCT(product_fp8_8, F8E4M3, 1, 1)
-PRODUCT(product_fp8_16, F8E4M3, 1, 2)
 PRODUCT(product_fp8_32, F8E4M3, 2, 4)
 PRODUCT(product_fp8_64, F8E4M3, 2, 8)
 
@@ -247,45 +243,62 @@ extern "C" __global__ void to_bf16(const Matrix* weight, __nv_bfloat16* out) {
 }
 
 // Sorts the choices of all rows by expert, those of one expert by row, and cuts them into tiles of at most `width`; one
-// block with a thread per expert. tiles[0].first is the number of tiles, which begin at tiles[1].
-extern "C" __global__ void moe_group(const int* ids, int choices, int experts, int width, int* list, Tile* tiles) {
+// block, whose shared memory holds three words per expert and one more per warp. tiles[0].first is the number of tiles,
+// which begin at tiles[1].
+extern "C" __global__ void __launch_bounds__(1024) moe_group(const int* ids, int choices, int experts, int width, int* list, Tile* tiles) {
   begin();
   extern __shared__ __align__(16) float room[];
-  constexpr int TOGETHER = 4096;
-  __shared__ short near[TOGETHER];
-  int *starts = (int*)room, *first_tiles = starts + blockDim.x, e = threadIdx.x, n = 0;
-  for (int from = 0; from < choices; from += TOGETHER) {
-    int some = min(TOGETHER, choices - from);
-    __syncthreads();
-    for (int c = threadIdx.x; c < some; c += blockDim.x) near[c] = (short)ids[from + c];
-    __syncthreads();
-#pragma unroll 8
-    for (int c = 0; c < some; c++) n += near[c] == e;
-  }
-  if (e >= experts) n = 0;
-  int own_tiles = (n + width - 1) / width;
-  starts[e] = n;
-  first_tiles[e] = own_tiles;
-  for (int step = 1; step < blockDim.x; step *= 2) {
-    __syncthreads();
-    int a = e >= step ? starts[e - step] : 0, b = e >= step ? first_tiles[e - step] : 0;
-    __syncthreads();
-    starts[e] += a;
-    first_tiles[e] += b;
+  int *ends = (int*)room, *counts = ends + experts, *first_tiles = counts + experts, *of_warp = first_tiles + experts;
+  int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) counts[e] = 0;
+  for (int i = threadIdx.x; i < warps * experts; i += blockDim.x) of_warp[i] = 0;
+  __syncthreads();
+  for (int c = threadIdx.x; c < choices; c += blockDim.x) atomicAdd(&counts[ids[c]], 1);
+  __syncthreads();
+  if (warp == 0) {
+    int at = 0, tile = 0;
+    for (int from = 0; from < experts; from += 32) {
+      int e = from + lane, n = e < experts ? counts[e] : 0, own_tiles = (n + width - 1) / width, a = n, b = own_tiles;
+      for (int o = 1; o < 32; o *= 2) {
+        int before = __shfl_up_sync(~0u, a, o), tiles_before = __shfl_up_sync(~0u, b, o);
+        if (lane >= o) {
+          a += before;
+          b += tiles_before;
+        }
+      }
+      if (e < experts) {
+        ends[e] = at + a - n;
+        first_tiles[e] = tile + b - own_tiles;
+      }
+      at += __shfl_sync(~0u, a, 31);
+      tile += __shfl_sync(~0u, b, 31);
+    }
+    if (lane == 0) tiles[0].first = tile;
   }
   __syncthreads();
-  if (e == blockDim.x - 1) tiles[0].first = first_tiles[e];
-  int at = starts[e] - n, tile = first_tiles[e] - own_tiles;
-  for (int i = 0; i < own_tiles; i++) tiles[1 + tile + i] = {e, at + i * width, min(width, n - i * width), 0};
-  for (int from = 0; from < choices; from += TOGETHER) {
-    int some = min(TOGETHER, choices - from);
+  for (int e = threadIdx.x; e < experts; e += blockDim.x)
+    for (int i = 0, n = counts[e]; i * width < n; i++) tiles[1 + first_tiles[e] + i] = {e, ends[e] + i * width, min(width, n - i * width), 0};
+  __syncthreads();
+  for (int from = 0; from < choices; from += blockDim.x) {
+    int c = from + threadIdx.x, e = c < choices ? ids[c] : -1;
+    unsigned alike = __match_any_sync(~0u, e);
+    int before = __popc(alike & ((1u << lane) - 1));
+    if (e >= 0 && before == 0) of_warp[warp * experts + e] = __popc(alike);
     __syncthreads();
-    if (choices > TOGETHER)
-      for (int c = threadIdx.x; c < some; c += blockDim.x) near[c] = (short)ids[from + c];
+    for (int i = threadIdx.x; i < experts; i += blockDim.x) {
+      int end = ends[i], busy = min(warps, (choices - from + 31) / 32);
+      for (int w = 0; w < busy; w++) {
+        int n = of_warp[w * experts + i];
+        of_warp[w * experts + i] = end;
+        end += n;
+      }
+      ends[i] = end;
+    }
     __syncthreads();
-#pragma unroll 8
-    for (int c = 0; c < some; c++)
-      if (near[c] == e && e < experts) list[at++] = from + c;
+    if (e >= 0) list[of_warp[warp * experts + e] + before] = c;
+    __syncthreads();
+    for (int i = threadIdx.x; i < warps * experts; i += blockDim.x) of_warp[i] = 0;
+    __syncthreads();
   }
 }
 
@@ -389,9 +402,7 @@ __device__ __forceinline__ void outer_tile(const Matrix* experts, const Tile* ti
       const __nv_bfloat16* shared_inner, float* y, int choices, int rows) { \
     outer_tile<FORMAT, NT>(experts, tiles, list, routed, inner, inner_max, down, shared_inner, y, choices, rows);  \
   }
-EXPERTS(bf16_8, BF16, 1)
 EXPERTS(bf16_32, BF16, 4)
-EXPERTS(fp8_8, F8E4M3, 1)
 EXPERTS(fp8_32, F8E4M3, 4)
 
 // out += the choices' y by rising expert id, each times its weight, the shared expert's y last; blockIdx = (D / 256, row).
@@ -408,31 +419,128 @@ extern "C" __global__ void experts_sum(const float* y, const float* weights, con
   out[(size_t)t * width + n] += sum;
 }
 
+// `experts_sum` and then `rms_norm` of the sums, a block per row of at most 4,096 whole fours; the same sums as those two.
+extern "C" __global__ void __launch_bounds__(256) experts_sum_norm(const float* y, const float* weights, const int* order, int top_k, int choices, int shared,
+                                                                   float* out, int width, const float* norm, float eps, float* normed,
+                                                                   __nv_bfloat16* rounded) {
+  __shared__ float sums[32];
+  constexpr int KEPT = 4;
+  float4 v[KEPT], w[KEPT];
+  int t = blockIdx.x, fours = width / 4;
+#pragma unroll
+  for (int j = 0; j < KEPT; j++) {
+    int i = threadIdx.x + j * 256;
+    w[j] = i < fours ? ((const float4*)norm)[i] : make_float4(0, 0, 0, 0);
+    v[j] = make_float4(0, 0, 0, 0);
+  }
+  begin();
+  for (int c = 0; c < top_k; c++) {
+    int choice = t * top_k + order[t * top_k + c];
+    float weight = weights[choice];
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+      int i = threadIdx.x + j * 256;
+      if (i >= fours) break;
+      float4 a = ((const float4*)(y + (size_t)choice * width))[i];
+      v[j] = make_float4(fmaf(weight, a.x, v[j].x), fmaf(weight, a.y, v[j].y), fmaf(weight, a.z, v[j].z), fmaf(weight, a.w, v[j].w));
+    }
+  }
+  float sum = 0;
+#pragma unroll
+  for (int j = 0; j < KEPT; j++) {
+    int i = threadIdx.x + j * 256;
+    if (i < fours) {
+      if (shared) {
+        float4 a = ((const float4*)(y + (size_t)(choices + t) * width))[i];
+        v[j] = make_float4(v[j].x + a.x, v[j].y + a.y, v[j].z + a.z, v[j].w + a.w);
+      }
+      float4* o = (float4*)(out + (size_t)t * width) + i;
+      float4 a = *o;
+      v[j] = make_float4(a.x + v[j].x, a.y + v[j].y, a.z + v[j].z, a.w + v[j].w);
+      *o = v[j];
+    }
+    sum = fmaf(v[j].x, v[j].x, fmaf(v[j].y, v[j].y, fmaf(v[j].z, v[j].z, fmaf(v[j].w, v[j].w, sum))));
+  }
+  float scale = 1.0f / sqrtf(block_sum(sum, sums) / (float)width + eps);
+#pragma unroll
+  for (int j = 0; j < KEPT; j++) {
+    int i = threadIdx.x + j * 256;
+    if (i >= fours) break;
+    float4 n = make_float4(w[j].x * (v[j].x * scale), w[j].y * (v[j].y * scale), w[j].z * (v[j].z * scale), w[j].w * (v[j].w * scale));
+    ((float4*)(normed + (size_t)t * width))[i] = n;
+    if (rounded) {
+      __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(n.x, n.y), __floats2bfloat162_rn(n.z, n.w)};
+      ((uint2*)(rounded + (size_t)t * width))[i] = *(const uint2*)pair;
+    }
+  }
+}
+
 // q~ = [W_UK^T q_nope, q_rope] in BF16. A block has 128 latent columns of one head and up to TOKENS rows; four groups of
 // 64 threads divide the nope dimensions. blockIdx = (latent / 128, head, rows / TOKENS).
+// With rows in `kv` the blocks behind the latent columns rotate the rope part of q on the way, in place, and append the
+// latents of the rows to the cache.
+struct Append {
+  const float *kv, *weight;
+  float eps;
+  const float* frequencies;
+  float magnitude;
+  uint8_t* layer;
+  int row_bytes;
+};
 template <int TOKENS>
-__device__ __forceinline__ void absorb(const __nv_bfloat16* kv_b, const float* q, __nv_bfloat16* out, int first, int rows, int nope, int rope, int values,
-                                       int latent) {
+__device__ __forceinline__ void absorb(const __nv_bfloat16* kv_b, float* q, __nv_bfloat16* out, int first, int rows, int nope, int rope, int values,
+                                       int latent, const Step& step, const Append& append) {
   extern __shared__ __align__(16) float room[];
+  // Weights that a thread brings before the kernels in front are done.
+  constexpr int KEPT = TOKENS == 1 ? 32 : 1;
   float *queries = room, *parts = room + TOKENS * nope;
   int head = blockIdx.y, heads = gridDim.y, token = blockIdx.z * TOKENS, n = min(TOKENS, rows - token);
+  int pair = threadIdx.x & 63, group = threadIdx.x >> 6, column = blockIdx.x * 128 + pair * 2;
+  int from = nope * group / 4, to = nope * (group + 1) / 4;
+  auto turn = [&] {
+    for (int i = threadIdx.x; i < n * rope / 2; i += blockDim.x) {
+      int r = i / (rope / 2), c = i % (rope / 2);
+      float2* at = (float2*)(q + ((size_t)(first + token + r) * heads + head) * (nope + rope) + nope) + c;
+      float pair[2] = {at->x, at->y};
+      if (append.kv) {
+        rotate(pair, (float)step.positions[first + token + r], append.frequencies[c], append.magnitude);
+        *at = make_float2(pair[0], pair[1]);
+      }
+      __nv_bfloat162* to_pair = (__nv_bfloat162*)(out + ((size_t)(token + r) * heads + head) * (latent + rope) + latent) + c;
+      *to_pair = __floats2bfloat162_rn(pair[0], pair[1]);
+    }
+  };
+  if (blockIdx.x * 128 >= latent) {
+    begin();
+    turn();
+    if (head < n)
+      append_row(append.kv, append.weight, append.eps, step, append.frequencies, append.magnitude, append.layer, CACHE_BF16, latent, rope,
+                 append.row_bytes, token + head);
+    return;
+  }
+  const __nv_bfloat16* w = kv_b + (size_t)head * (nope + values) * latent + column;
+  __nv_bfloat162 kept[KEPT];
+#pragma unroll
+  for (int i = 0; i < KEPT; i++) kept[i] = *(const __nv_bfloat162*)(w + (size_t)min(from + i, nope - 1) * latent);
+  begin();
   for (int i = threadIdx.x; i < n * nope; i += blockDim.x)
     queries[i] = q[((size_t)(first + token + i / nope) * heads + head) * (nope + rope) + i % nope];
   __syncthreads();
-  int pair = threadIdx.x & 63, group = threadIdx.x >> 6, column = blockIdx.x * 128 + pair * 2;
   float sums[TOKENS][2] = {};
-  int from = nope * group / 4, to = nope * (group + 1) / 4;
-  const __nv_bfloat16* w = kv_b + (size_t)head * (nope + values) * latent + column;
-#pragma unroll 16
-  for (int d = from; d < to; d++) {
-    float2 v = __bfloat1622float2(*(const __nv_bfloat162*)(w + (size_t)d * latent));
+  auto add = [&](int d, __nv_bfloat162 weight) {
+    float2 v = __bfloat1622float2(weight);
 #pragma unroll
     for (int r = 0; r < TOKENS; r++) {
       float a = r < n ? queries[r * nope + d] : 0.0f;
       sums[r][0] = fmaf(a, v.x, sums[r][0]);
       sums[r][1] = fmaf(a, v.y, sums[r][1]);
     }
-  }
+  };
+#pragma unroll
+  for (int i = 0; i < KEPT; i++)
+    if (from + i < to) add(from + i, kept[i]);
+#pragma unroll 16
+  for (int d = from + KEPT; d < to; d++) add(d, *(const __nv_bfloat162*)(w + (size_t)d * latent));
 #pragma unroll
   for (int r = 0; r < TOKENS; r++) {
     parts[(group * TOKENS + r) * 128 + pair * 2] = sums[r][0];
@@ -446,40 +554,42 @@ __device__ __forceinline__ void absorb(const __nv_bfloat16* kv_b, const float* q
     for (int p = 0; p < 4; p++) sum += parts[(p * TOKENS + r) * 128 + c];
     out[((size_t)(token + r) * heads + head) * width + blockIdx.x * 128 + c] = __float2bfloat16_rn(sum);
   }
-  if (blockIdx.x == 0)
-    for (int i = threadIdx.x; i < n * rope; i += blockDim.x) {
-      int r = i / rope, c = i % rope;
-      float v = q[((size_t)(first + token + r) * heads + head) * (nope + rope) + nope + c];
-      out[((size_t)(token + r) * heads + head) * width + latent + c] = __float2bfloat16_rn(v);
-    }
+  if (!append.kv && blockIdx.x == 0) turn();
 }
-extern "C" __global__ void __launch_bounds__(256) absorb_1(const __nv_bfloat16* kv_b, const float* q, __nv_bfloat16* out, int first, int rows, int nope,
-                                                           int rope, int values, int latent) {
-  begin();
-  absorb<1>(kv_b, q, out, first, rows, nope, rope, values, latent);
-}
-extern "C" __global__ void __launch_bounds__(256) absorb_8(const __nv_bfloat16* kv_b, const float* q, __nv_bfloat16* out, int first, int rows, int nope,
-                                                           int rope, int values, int latent) {
-  begin();
-  absorb<8>(kv_b, q, out, first, rows, nope, rope, values, latent);
-}
+#define ABSORB(name, TOKENS)                                                                                           \
+  extern "C" __global__ void __launch_bounds__(256) name(const __nv_bfloat16* kv_b, float* q, __nv_bfloat16* out, int first, int rows, int nope, int rope, \
+                                                         int values, int latent, Step step, const float* kv, const float* weight, float eps, \
+                                                         const float* frequencies, float magnitude, uint8_t* layer, int row_bytes) { \
+    Append append = {kv, weight, eps, frequencies, magnitude, layer, row_bytes};                                       \
+    absorb<TOKENS>(kv_b, q, out, first, rows, nope, rope, values, latent, step, append);                               \
+  }
+ABSORB(absorb_1, 1)
+ABSORB(absorb_8, 8)
 
 // One block of 64 cached rows for 16 heads of one row of the step: largest score, sum of the softmax's weights and the
 // weighted sum of the latent rows. blockIdx = (block of the cache, heads / 16, row); 8 warps.
 extern "C" __global__ void __launch_bounds__(256) attend_block(const __nv_bfloat16* queries, Step step, const uint8_t* layer, int first, int latent, int rope,
                                                                int row_bytes, float softmax_scale, float* sums, float* largest_and_total) {
-  begin();
   extern __shared__ __align__(16) float room[];
   int width = latent + rope, stride = width + 8;
   __nv_bfloat16* rows = (__nv_bfloat16*)room;                    // [64][stride]
   __nv_bfloat16* own = rows + 64 * stride;                        // [16][stride]
   __nv_bfloat16* weights = own + 16 * stride;                     // [16][72]
   float* scores = (float*)(weights + 16 * 72);                    // [16][66]
+  // The arrays of the step came before all kernels of the step.
   int t = blockIdx.z, block = blockIdx.x, position = step.positions[first + t];
   int n = min(64, position + 1 - block * 64);
-  if (n <= 0) return;
+  if (n <= 0) {
+    begin();
+    return;
+  }
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q4 = lane & 3, pieces = width / 8;
   const uint8_t* from = layer + (size_t)step.blocks[step.tables[first + t] + block] * 64 * row_bytes;
+#if __CUDA_ARCH__ >= 900
+  // Into the second cache only, where a row that is being written is seen as well.
+  for (int i = threadIdx.x * 128; i < n * row_bytes; i += blockDim.x * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
+#endif
+  begin();
   for (int r = warp; r < 64; r += WARPS)
     for (int c = lane; c < pieces; c += 32) {
       uint32_t to = (uint32_t)__cvta_generic_to_shared(rows + r * stride + c * 8);
@@ -494,13 +604,19 @@ extern "C" __global__ void __launch_bounds__(256) attend_block(const __nv_bfloat
     }
   asm volatile("cp.async.commit_group; cp.async.wait_group 0;");
   __syncthreads();
-  float c[4] = {};
-#pragma unroll 4
-  for (int k = 0; k < width; k += 16) {
-    const __nv_bfloat16 *a = own + g * stride + k + q4 * 2, *b = rows + (warp * 8 + g) * stride + k + q4 * 2;
-    uint32_t f[4] = {*(const uint32_t*)a, *(const uint32_t*)(a + 8 * stride), *(const uint32_t*)(a + 8), *(const uint32_t*)(a + 8 * stride + 8)};
-    mma(c, f, *(const uint32_t*)b, *(const uint32_t*)(b + 8));
-  }
+  // Four sums take turns, so that a product need not wait for the one before it.
+  float turns[4][4] = {}, c[4];
+  for (int from_k = 0; from_k < width; from_k += 64)
+#pragma unroll
+    for (int turn = 0; turn < 4; turn++) {
+      int k = from_k + turn * 16;
+      if (k >= width) break;
+      const __nv_bfloat16 *a = own + g * stride + k + q4 * 2, *b = rows + (warp * 8 + g) * stride + k + q4 * 2;
+      uint32_t f[4] = {*(const uint32_t*)a, *(const uint32_t*)(a + 8 * stride), *(const uint32_t*)(a + 8), *(const uint32_t*)(a + 8 * stride + 8)};
+      mma(turns[turn], f, *(const uint32_t*)b, *(const uint32_t*)(b + 8));
+    }
+#pragma unroll
+  for (int i = 0; i < 4; i++) c[i] = (turns[0][i] + turns[1][i]) + (turns[2][i] + turns[3][i]);
   for (int i = 0; i < 4; i++) {
     int p = warp * 8 + q4 * 2 + (i & 1);
     scores[(g + (i >> 1) * 8) * 66 + p] = p < n ? c[i] * softmax_scale : -INFINITY;
@@ -543,85 +659,145 @@ extern "C" __global__ void __launch_bounds__(256) attend_block(const __nv_bfloat
   }
 }
 
-// The mean over all blocks of the cache, in order, and o = W_UV mean, for TOKENS rows. blockIdx = (values / 32, head,
-// rows / TOKENS); 8 warps with four values each.
-template <int TOKENS>
+// The mean over all blocks of the cache, in order, and o = W_UV mean, for TOKENS rows. A row's mean is made by 256 / TOKENS
+// threads, then each of 8 warps makes four values, PASSES times. blockIdx = (values / (32 PASSES), head, rows / TOKENS).
+template <int TOKENS, int PASSES>
 __device__ __forceinline__ void combine(const __nv_bfloat16* kv_b, const Step& step, const float* sums, const float* largest_and_total, float* out,
                                         __nv_bfloat16* rounded, int first, int rows, int blocks_max, int nope, int values, int latent) {
   extern __shared__ __align__(16) float room[];
-  constexpr int TOGETHER = 256;
-  __shared__ float shares[TOGETHER], totals[TOGETHER], largest[WARPS];
+  constexpr int TOGETHER = 256, THREADS = 256 / TOKENS, WIDE = TOKENS == 1 ? 2 : 4, UNITS = TOKENS == 1 ? 1 : 4;
+  // Pairs of columns of each value that a lane brings before the kernels in front are done.
+  constexpr int KEPT = 8;
+  __shared__ float shares[TOKENS][TOGETHER], totals[TOKENS][TOGETHER], largest[WARPS];
   int head = blockIdx.y, heads = gridDim.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, n = min(TOKENS, rows - (int)blockIdx.z * TOKENS);
-  for (int r = 0; r < TOKENS; r++) {
-    float* mean = room + r * latent;
-    if (r >= n) {
-      for (int i = threadIdx.x; i < latent; i += blockDim.x) mean[i] = 0;
-      continue;
+  const __nv_bfloat162* w[4];
+  __nv_bfloat162 kept[4][KEPT];
+  auto bring = [&](int pass) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      int v = min((blockIdx.x * PASSES + pass) * 32 + warp * 4 + j, values - 1);
+      w[j] = (const __nv_bfloat162*)(kv_b + ((size_t)head * (nope + values) + nope + v) * latent);
+#pragma unroll
+      for (int i = 0; i < KEPT; i++) kept[j][i] = w[j][min(lane + i * 32, latent / 2 - 1)];
     }
-    int t = blockIdx.z * TOKENS + r, blocks = (step.positions[first + t] >> 6) + 1;
+  };
+  bring(0);
+  begin();
+  int own = threadIdx.x / THREADS, me = threadIdx.x % THREADS, t = blockIdx.z * TOKENS + own;
+  auto wait = [] {
+    if constexpr (TOKENS == 1)
+      __syncthreads();
+    else
+      __syncwarp();
+  };
+  float* mean = room + own * latent;
+  if (own >= n) {
+    for (int i = me; i < latent; i += THREADS) mean[i] = 0;
+  } else {
+    int blocks = (step.positions[first + t] >> 6) + 1;
     size_t part = (size_t)t * blocks_max * heads + head;
     float most = -INFINITY, total = 0;
-    for (int b = threadIdx.x; b < blocks; b += blockDim.x) most = fmaxf(most, largest_and_total[(part + (size_t)b * heads) * 2]);
+    for (int b = me; b < blocks; b += THREADS) most = fmaxf(most, largest_and_total[(part + (size_t)b * heads) * 2]);
     for (int o = 16; o; o >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
-    __syncthreads();
-    if (lane == 0) largest[warp] = most;
-    __syncthreads();
-    for (int w = 0; w < WARPS; w++) most = fmaxf(most, largest[w]);
-    for (int i = threadIdx.x; i < latent; i += blockDim.x) mean[i] = 0;
+    if constexpr (TOKENS == 1) {
+      if (lane == 0) largest[warp] = most;
+      __syncthreads();
+      for (int i = 0; i < WARPS; i++) most = fmaxf(most, largest[i]);
+    }
     for (int from = 0; from < blocks; from += TOGETHER) {
       int some = min(TOGETHER, blocks - from);
-      __syncthreads();
-      if (threadIdx.x < some) {
-        float2 v = ((const float2*)largest_and_total)[part + (size_t)(from + threadIdx.x) * heads];
-        shares[threadIdx.x] = expf(v.x - most);
-        totals[threadIdx.x] = v.y;
+      wait();
+      for (int b = me; b < some; b += THREADS) {
+        float2 v = ((const float2*)largest_and_total)[part + (size_t)(from + b) * heads];
+        shares[own][b] = expf(v.x - most);
+        totals[own][b] = v.y;
       }
-      __syncthreads();
-      for (int b = 0; b < some; b++) total = fmaf(shares[b], totals[b], total);
-      const float* from_sums = sums + (part + (size_t)from * heads) * latent;
-      for (int i = threadIdx.x; i < latent; i += blockDim.x) {
-        float sum = mean[i];
+      wait();
 #pragma unroll 8
-        for (int b = 0; b < some; b++) sum = fmaf(shares[b], from_sums[(size_t)b * heads * latent + i], sum);
-        mean[i] = sum;
+      for (int b = 0; b < some; b++) total = fmaf(shares[own][b], totals[own][b], total);
+      for (int at = me * WIDE; at < latent; at += THREADS * WIDE * UNITS) {
+        float acc[UNITS][WIDE];
+#pragma unroll
+        for (int u = 0; u < UNITS; u++)
+#pragma unroll
+          for (int i = 0; i < WIDE; i++) acc[u][i] = from && at + u * THREADS * WIDE < latent ? mean[at + u * THREADS * WIDE + i] : 0.0f;
+        const float* p = sums + (part + (size_t)from * heads) * latent + at;
+#pragma unroll 8 / UNITS
+        for (int b = 0; b < some; b++) {
+          float share = shares[own][b];
+#pragma unroll
+          for (int u = 0; u < UNITS; u++) {
+            const float* q = p + (size_t)b * heads * latent + u * THREADS * WIDE;
+            float v[WIDE] = {};
+            if (at + u * THREADS * WIDE < latent) {
+              if constexpr (WIDE == 2)
+                *(float2*)v = *(const float2*)q;
+              else
+                *(float4*)v = *(const float4*)q;
+            }
+#pragma unroll
+            for (int i = 0; i < WIDE; i++) acc[u][i] = fmaf(share, v[i], acc[u][i]);
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < UNITS; u++)
+#pragma unroll
+          for (int i = 0; i < WIDE; i++)
+            if (at + u * THREADS * WIDE < latent) mean[at + u * THREADS * WIDE + i] = acc[u][i];
       }
     }
-    for (int i = threadIdx.x; i < latent; i += blockDim.x) mean[i] /= total;
+    // A thread divides the columns that it made.
+    for (int at = me * WIDE; at < latent; at += THREADS * WIDE)
+#pragma unroll
+      for (int i = 0; i < WIDE; i++) mean[at + i] /= total;
   }
   __syncthreads();
-  for (int j = 0; j < 4; j++) {
-    int v = blockIdx.x * 32 + warp * 4 + j;
+#pragma unroll 1
+  for (int pass = 0; pass < PASSES; pass++) {
+    int v = (blockIdx.x * PASSES + pass) * 32 + warp * 4;
     if (v >= values) break;
-    const __nv_bfloat162* w = (const __nv_bfloat162*)(kv_b + ((size_t)head * (nope + values) + nope + v) * latent);
-    float products[TOKENS] = {};
-#pragma unroll 4
-    for (int i = lane; i < latent / 2; i += 32) {
-      float2 a = __bfloat1622float2(w[i]);
+    if (pass) bring(pass);
+    float products[4][TOKENS] = {};
+    auto add = [&](int i, const __nv_bfloat162* weights) {
+      float2 a[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) a[j] = __bfloat1622float2(weights[j]);
 #pragma unroll
       for (int r = 0; r < TOKENS; r++) {
         float2 m = ((const float2*)(room + r * latent))[i];
-        products[r] = fmaf(a.y, m.y, fmaf(a.x, m.x, products[r]));
+#pragma unroll
+        for (int j = 0; j < 4; j++) products[j][r] = fmaf(a[j].y, m.y, fmaf(a[j].x, m.x, products[j][r]));
       }
+    };
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+      __nv_bfloat162 weights[4] = {kept[0][i], kept[1][i], kept[2][i], kept[3][i]};
+      if (lane + i * 32 < latent / 2) add(lane + i * 32, weights);
+    }
+    for (int i = lane + KEPT * 32; i < latent / 2; i += 32) {
+      __nv_bfloat162 weights[4] = {w[0][i], w[1][i], w[2][i], w[3][i]};
+      add(i, weights);
     }
 #pragma unroll
-    for (int r = 0; r < TOKENS; r++) {
-      float sum = warp_sum(products[r]);
-      size_t at = ((size_t)(first + blockIdx.z * TOKENS + r) * heads + head) * values + v;
-      if (lane == 0 && r < n) {
-        out[at] = sum;
-        rounded[at] = __float2bfloat16_rn(sum);
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+      for (int r = 0; r < TOKENS; r++) {
+        float sum = warp_sum(products[j][r]);
+        size_t at = ((size_t)(first + blockIdx.z * TOKENS + r) * heads + head) * values + v + j;
+        if (lane == 0 && r < n && v + j < values) {
+          out[at] = sum;
+          rounded[at] = __float2bfloat16_rn(sum);
+        }
       }
-    }
   }
 }
-#define ATTEND_VALUES(name, TOKENS) \
+#define ATTEND_VALUES(name, TOKENS, PASSES) \
   extern "C" __global__ void __launch_bounds__(256) name(const __nv_bfloat16* kv_b, Step step, const float* sums, const float* largest_and_total, float* out, \
                                                          __nv_bfloat16* rounded, int first, int rows, int blocks_max, int nope, int values, int latent) { \
-    begin(); \
-    combine<TOKENS>(kv_b, step, sums, largest_and_total, out, rounded, first, rows, blocks_max, nope, values, latent); \
+    combine<TOKENS, PASSES>(kv_b, step, sums, largest_and_total, out, rounded, first, rows, blocks_max, nope, values, latent); \
   }
-ATTEND_VALUES(attend_values_1, 1)
-ATTEND_VALUES(attend_values_8, 8)
+ATTEND_VALUES(attend_values_1, 1, 1)
+ATTEND_VALUES(attend_values_8, 8, 4)
 
 // Random weights for benchmarks: `format` codes of about normal values times `deviation`.
 extern "C" __global__ void fill_random(uint8_t* out, size_t n, int format, float deviation, uint32_t seed) {
@@ -642,28 +818,57 @@ extern "C" __global__ void fill_random(uint8_t* out, size_t n, int format, float
 
 // Router logits in F32: a block per expert and row of x, the same sums for any batch. `format` is F32 or BF16, and the
 // columns are a multiple of four.
-extern "C" __global__ void __launch_bounds__(128) gate_logits(const Matrix* gate, const float* x, float* logits) {
-  begin();
+__device__ __forceinline__ void gate_logit(const Matrix* gate, const float* x, float* logits) {
+  // Weights that a thread brings before the kernels in front are done.
+  constexpr int KEPT = 4;
   __shared__ float sums[4];
   const Matrix m = *gate;
-  int e = blockIdx.x, t = blockIdx.y;
+  int e = blockIdx.x, t = blockIdx.y, fours = m.cols / 4;
   const float4* row = (const float4*)(x + (size_t)t * m.cols);
   const uint8_t* w = m.data + (size_t)e * m.row_bytes;
+  auto weights = [&](int i) {
+    if (m.format == F32) return ((const float4*)w)[i];
+    uint2 v = ((const uint2*)w)[i];
+    return make_float4(bf16_bits(v.x & 0xffff), bf16_bits(v.x >> 16), bf16_bits(v.y & 0xffff), bf16_bits(v.y >> 16));
+  };
   float sum = 0;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < m.cols / 4; i += 128) {
-    float4 a = row[i], b;
-    if (m.format == F32) {
-      b = ((const float4*)w)[i];
-    } else {
-      uint2 v = ((const uint2*)w)[i];
-      b = make_float4(bf16_bits(v.x & 0xffff), bf16_bits(v.x >> 16), bf16_bits(v.y & 0xffff), bf16_bits(v.y >> 16));
-    }
+  auto add = [&](float4 a, float4 b) {
     sum = fmaf(a.x, b.x, sum);
     sum = fmaf(a.y, b.y, sum);
     sum = fmaf(a.z, b.z, sum);
     sum = fmaf(a.w, b.w, sum);
+  };
+  float4 kept[KEPT];
+#pragma unroll
+  for (int j = 0; j < KEPT; j++) kept[j] = weights(min((int)threadIdx.x + j * 128, fours - 1));
+  begin_in_order();
+#pragma unroll
+  for (int j = 0; j < KEPT; j++) {
+    int i = threadIdx.x + j * 128;
+    if (i < fours) add(row[i], kept[j]);
   }
+#pragma unroll 4
+  for (int i = threadIdx.x + KEPT * 128; i < fours; i += 128) add(row[i], weights(i));
   sum = block_sum(sum, sums);
   if (threadIdx.x == 0) logits[(size_t)t * m.rows + e] = sum;
+}
+extern "C" __global__ void __launch_bounds__(128) gate_logits(const Matrix* gate, const float* x, float* logits) { gate_logit(gate, x, logits); }
+
+// `gate_logits` and then `route`: the last block of a row chooses. `arrived` counts a row's blocks; it is zero before and
+// after.
+extern "C" __global__ void __launch_bounds__(128) gate_and_route(const Matrix* gate, const float* x, float* logits, unsigned* arrived, const float* bias,
+                                                                 Router r, int* ids, float* weights, int* order, int* list, Tile* tiles) {
+  extern __shared__ __align__(16) float room[];
+  __shared__ bool last;
+  int t = blockIdx.y;
+  gate_logit(gate, x, logits);
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(&arrived[t], 1) + 1 == gridDim.x;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last || threadIdx.x >= 32) return;
+  route_row(room, t, logits, bias, r, ids, weights, order, list, tiles);
+  if (threadIdx.x == 0) arrived[t] = 0;
 }

@@ -45,7 +45,6 @@ extern "C" __global__ void embed(const Matrix* table, const int* tokens, float* 
 // One block of 256 threads per row; in place when x is out. `rounded` is null or takes the row in BF16. A row of whole
 // fours that is not too long is read once.
 extern "C" __global__ void __launch_bounds__(256) rms_norm(const float* x, const float* weight, float eps, float* out, __nv_bfloat16* rounded, int cols) {
-  begin();
   __shared__ float sums[32];
   constexpr int KEPT = 4;
   size_t at = (size_t)blockIdx.x * cols;
@@ -56,9 +55,13 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm(const float* x, const
 #pragma unroll
     for (int j = 0; j < KEPT; j++) {
       int i = threadIdx.x + j * 256;
-      bool inside = i < cols / 4;
-      v[j] = inside ? ((const float4*)row)[i] : make_float4(0, 0, 0, 0);
-      w[j] = inside ? ((const float4*)weight)[i] : make_float4(0, 0, 0, 0);
+      w[j] = i < cols / 4 ? ((const float4*)weight)[i] : make_float4(0, 0, 0, 0);
+    }
+    begin();
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+      int i = threadIdx.x + j * 256;
+      v[j] = i < cols / 4 ? ((const float4*)row)[i] : make_float4(0, 0, 0, 0);
       sum = fmaf(v[j].x, v[j].x, fmaf(v[j].y, v[j].y, fmaf(v[j].z, v[j].z, fmaf(v[j].w, v[j].w, sum))));
     }
     float scale = 1.0f / sqrtf(block_sum(sum, sums) / (float)cols + eps);
@@ -75,6 +78,7 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm(const float* x, const
     }
     return;
   }
+  begin();
   for (int i = threadIdx.x; i < cols; i += blockDim.x) sum = fmaf(row[i], row[i], sum);
   float scale = 1.0f / sqrtf(block_sum(sum, sums) / (float)cols + eps);
   for (int i = threadIdx.x; i < cols; i += blockDim.x) {
@@ -128,14 +132,13 @@ __device__ __forceinline__ const uint8_t* cache_row(const uint8_t* layer, const 
   return layer + ((size_t)table[position >> 6] * 64 + (position & 63)) * row_bytes;
 }
 
-// Block per row; shared memory holds the row. `layer` is where the layer's blocks begin.
-extern "C" __global__ void mla_append(const float* kv, const float* weight, float eps, Step step, const float* frequencies, float magnitude,
-                                      uint8_t* layer, int format, int latent, int rope, int row_bytes) {
-  begin();
+// Row t of the step, by one block; shared memory holds it. `layer` is where the layer's blocks begin.
+__device__ __forceinline__ void append_row(const float* kv, const float* weight, float eps, const Step& step, const float* frequencies, float magnitude,
+                                           uint8_t* layer, int format, int latent, int rope, int row_bytes, int t) {
   extern __shared__ __align__(16) float room[];
   __shared__ float sums[32];
   float* row = room;
-  int t = blockIdx.x, position = step.positions[t];
+  int position = step.positions[t];
   const float* x = kv + (size_t)t * (latent + rope);
   float sum = 0;
   for (int i = threadIdx.x; i < latent; i += blockDim.x) sum = fmaf(x[i], x[i], sum);
@@ -150,6 +153,11 @@ extern "C" __global__ void mla_append(const float* kv, const float* weight, floa
   __syncthreads();
   const uint8_t* at = cache_row(layer, step.blocks + step.tables[t], position, row_bytes);
   cache_store(format, row, latent, rope, (uint8_t*)at);
+}
+extern "C" __global__ void mla_append(const float* kv, const float* weight, float eps, Step step, const float* frequencies, float magnitude,
+                                      uint8_t* layer, int format, int latent, int rope, int row_bytes) {
+  begin();
+  append_row(kv, weight, eps, step, frequencies, magnitude, layer, format, latent, rope, row_bytes, blockIdx.x);
 }
 
 template <int FORMAT>
@@ -287,7 +295,7 @@ extern "C" __global__ void moe_sum(const Matrix* experts, const int* ids, const 
 }
 
 // The best of `n` scores that is not taken: higher first, then the smaller index; NaN counts as the lowest.
-__device__ int warp_best(const float* scores, const uint8_t* taken, int n) {
+__device__ __noinline__ int warp_best(const float* scores, const uint8_t* taken, int n) {
   float best = -INFINITY;
   int at = INT_MAX;
   for (int i = threadIdx.x & 31; i < n; i += 32)
@@ -311,26 +319,38 @@ struct Router {
   float scale;
 };
 
-// Scores, groups, choices; a warp per row. Shared memory: two floats and a byte per expert, a float and a byte per group.
-// A single row is its own sorting by expert: `list` and `tiles`, if they are given, are those of `moe_group`.
-extern "C" __global__ void route(const float* logits, const float* bias, Router r, int* ids, float* weights, int* order, int* list, Tile* tiles) {
-  begin();
-  extern __shared__ __align__(16) float room[];
+// Most experts that a token chooses for which the choices stay in shared memory.
+constexpr int CHOICES_MAX = 32;
+
+// Scores, groups, choices of row t by one warp. Shared memory: two floats and a byte per expert, a float and a byte per
+// group. A single row is its own sorting by expert: `list` and `tiles`, if they are given, are those of `moe_group`.
+__device__ __noinline__ void route_row(float* room, int t, const float* logits, const float* bias, const Router& r, int* ids, float* weights, int* order, int* list,
+                          Tile* tiles) {
+  __shared__ int near[CHOICES_MAX];
   float *scores = room, *choice = room + r.experts, *ranks = choice + r.experts;
   uint8_t *taken = (uint8_t*)(ranks + r.groups), *kept = taken + r.experts;
-  int lane = threadIdx.x, t = blockIdx.x;
-  const float* z = logits + (size_t)t * r.experts;
+  int lane = threadIdx.x & 31;
+  // Other blocks of the same kernel may have written them.
+#pragma unroll 1
+  for (int e = lane; e < r.experts; e += 32) choice[e] = __ldcg(logits + (size_t)t * r.experts + e);
+  __syncwarp();
+  const float* z = choice;
   if (r.sigmoid) {
-    for (int e = lane; e < r.experts; e += 32) scores[e] = (float)(1.0 / (1.0 + exp(-(double)z[e])));
+  #pragma unroll 1
+  for (int e = lane; e < r.experts; e += 32) scores[e] = (float)(1.0 / (1.0 + exp(-(double)z[e])));
   } else {
     float most = -INFINITY;
-    for (int e = lane; e < r.experts; e += 32) most = fmaxf(most, z[e]);
+  #pragma unroll 1
+  for (int e = lane; e < r.experts; e += 32) most = fmaxf(most, z[e]);
     for (int o = 16; o; o >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
     double sum = 0;
-    for (int e = lane; e < r.experts; e += 32) sum += exp((double)z[e] - (double)most);
+  #pragma unroll 1
+  for (int e = lane; e < r.experts; e += 32) sum += exp((double)z[e] - (double)most);
     for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
-    for (int e = lane; e < r.experts; e += 32) scores[e] = (float)(exp((double)z[e] - (double)most) / sum);
+  #pragma unroll 1
+  for (int e = lane; e < r.experts; e += 32) scores[e] = (float)(exp((double)z[e] - (double)most) / sum);
   }
+#pragma unroll 1
   for (int e = lane; e < r.experts; e += 32) {
     choice[e] = scores[e] + (bias ? bias[e] : 0.0f);
     taken[e] = 0;
@@ -358,16 +378,18 @@ extern "C" __global__ void route(const float* logits, const float* bias, Router 
       if (lane == 0) kept[g] = 1;
       __syncwarp();
     }
-    for (int e = lane; e < r.experts; e += 32)
+  #pragma unroll 1
+  for (int e = lane; e < r.experts; e += 32)
       if (!kept[e / size]) taken[e] = 1;
     __syncwarp();
   }
   float sum = 0;
-  int* chosen = ids + (size_t)t * r.top_k;
+  int* far = ids + (size_t)t * r.top_k;
+  int* chosen = r.top_k <= CHOICES_MAX ? near : far;
   for (int j = 0; j < r.top_k; j++) {
     int e = warp_best(choice, taken, r.experts);
     if (lane == 0) {
-      chosen[j] = e;
+      chosen[j] = far[j] = e;
       taken[e] = 1;
     }
     sum += scores[e];
@@ -385,6 +407,12 @@ extern "C" __global__ void route(const float* logits, const float* bias, Router 
       tiles[1 + j] = {chosen[j], j, 1, 0};
     }
   }
+}
+
+extern "C" __global__ void route(const float* logits, const float* bias, Router r, int* ids, float* weights, int* order, int* list, Tile* tiles) {
+  begin();
+  extern __shared__ __align__(16) float room[];
+  route_row(room, blockIdx.x, logits, bias, r, ids, weights, order, list, tiles);
 }
 
 // out[i] = x[rows[i]]; a block per row.

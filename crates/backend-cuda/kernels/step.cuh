@@ -10,6 +10,14 @@ __device__ __forceinline__ void begin() {
 #endif
 }
 
+// As `begin`, but the next kernel is put in place only when those before this one are done: what they wrote may be read by
+// the next kernel before its own `begin`.
+__device__ __forceinline__ void begin_in_order() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // `step` arrays that the host uploads in begin_step.
 struct Step {
   const int* tokens;     // [T]

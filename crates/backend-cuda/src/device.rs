@@ -74,6 +74,16 @@ impl Device {
         self.facts.capability == HOPPER
     }
 
+    /// Blocks of the kernels that stream weights; two of them lie on a multiprocessor.
+    pub(crate) fn streams(&self) -> usize {
+        2 * self.facts.multiprocessors
+    }
+
+    /// Stages of a warp's ring: `STAGES` of the kernels.
+    pub(crate) fn stages(&self) -> usize {
+        if self.overlaps() { 3 } else { 2 }
+    }
+
     pub(crate) fn function(&self, kernel: Kernel) -> Function {
         self.functions[kernel as usize]
     }

@@ -40,29 +40,31 @@ kernels! {
     ToBf16 = "to_bf16",
     MoeGroup = "moe_group",
     ExpertsSum = "experts_sum",
+    ExpertsSumNorm = "experts_sum_norm",
     GateLogits = "gate_logits",
+    GateAndRoute = "gate_and_route",
     Absorb1 = "absorb_1",
     Absorb8 = "absorb_8",
     AttendBlock = "attend_block",
     AttendValues1 = "attend_values_1",
     AttendValues8 = "attend_values_8",
     FillRandom = "fill_random",
-    ProductBf16x8 = "product_bf16_8",
-    ProductBf16x16 = "product_bf16_16",
     ProductBf16x32 = "product_bf16_32",
     ProductBf16x64 = "product_bf16_64",
-    ExpertsInnerBf16x8 = "experts_inner_bf16_8",
-    ExpertsOuterBf16x8 = "experts_outer_bf16_8",
     ExpertsInnerBf16x32 = "experts_inner_bf16_32",
     ExpertsOuterBf16x32 = "experts_outer_bf16_32",
-    ProductFp8x8 = "product_fp8_8",
-    ProductFp8x16 = "product_fp8_16",
     ProductFp8x32 = "product_fp8_32",
     ProductFp8x64 = "product_fp8_64",
-    ExpertsInnerFp8x8 = "experts_inner_fp8_8",
-    ExpertsOuterFp8x8 = "experts_outer_fp8_8",
     ExpertsInnerFp8x32 = "experts_inner_fp8_32",
     ExpertsOuterFp8x32 = "experts_outer_fp8_32",
+    StreamBf16x8 = "stream_bf16_8",
+    StreamBf16x16 = "stream_bf16_16",
+    StreamFp8x8 = "stream_fp8_8",
+    StreamFp8x16 = "stream_fp8_16",
+    StreamInnerBf16 = "stream_inner_bf16",
+    StreamOuterBf16 = "stream_outer_bf16",
+    StreamInnerFp8 = "stream_inner_fp8",
+    StreamOuterFp8 = "stream_outer_fp8",
 }
 
 #[cfg(test)]
@@ -76,6 +78,7 @@ mod tests {
         include_bytes!("../kernels/native.cu"),
         include_bytes!("../kernels/plain.cu"),
         include_bytes!("../kernels/step.cuh"),
+        include_bytes!("../kernels/stream.cu"),
     ];
 
     /// FNV-1a, 64 bits, over the sources in the order of their names; `xtask/src/cuda.rs` writes it.
@@ -89,6 +92,20 @@ mod tests {
     fn the_fatbin_was_built_from_these_sources() {
         let noted = include_str!("../kernels/kernels.hash").trim();
         assert_eq!(noted, format!("{:016x}", hash(SOURCES)), "run `cargo xtask cuda`");
+    }
+
+    /// What ptxas said when the fatbin was built: a spilled register is a slow kernel that nobody meant.
+    #[test]
+    fn every_kernel_was_built_for_each_target_and_none_spills() {
+        let said = include_str!("../kernels/resources.txt");
+        for target in ["sm_80", "sm_90a"] {
+            for name in Kernel::NAMES {
+                let of_kernel = format!("{name} {target} ");
+                let line = said.lines().find(|l| l.starts_with(&of_kernel));
+                assert!(line.is_some_and(|l| l.ends_with(" 0")), "{of_kernel}: {line:?}");
+            }
+        }
+        assert_eq!(said.lines().count(), 2 * Kernel::NAMES.len(), "kernels that nobody launches");
     }
 
     #[test]

@@ -149,6 +149,8 @@ struct RoutingRows {
     tiles: DevicePtr,
     /// Whether the router that wrote it last had a single row.
     single: bool,
+    /// Whether its kernels let the next ones begin only after those in front of them.
+    in_order: bool,
 }
 
 struct RopeTable {
@@ -205,6 +207,8 @@ pub struct CudaBackend {
     gathered: Room,
     gathering: bool,
     logits: Room,
+    /// Zeros between the kernels that count in it, once there are any.
+    arrived: DevicePtr,
     absorbed: Room,
     inner: Room,
     shared_inner: Room,
@@ -243,6 +247,7 @@ impl CudaBackend {
             gathered: Room::default(),
             gathering: false,
             logits: Room::default(),
+            arrived: 0,
             absorbed: Room::default(),
             inner: Room::default(),
             shared_inner: Room::default(),
@@ -626,8 +631,18 @@ impl Backend for CudaBackend {
         let (ids, weights, order) = (array()?, array()?, array()?);
         let list = self.zeroed("routing", &[top_k, 4])?;
         let tiles = self.zeroed("routing", &[top_k + 1, ops::TILE_BYTES])?;
-        let routing =
-            RoutingRows { rows_max, top_k, experts: 1, ids, weights, order, list, tiles, single: false };
+        let routing = RoutingRows {
+            rows_max,
+            top_k,
+            experts: 1,
+            ids,
+            weights,
+            order,
+            list,
+            tiles,
+            single: false,
+            in_order: false,
+        };
         Ok(Routing(push(&mut self.routings, routing)))
     }
 

@@ -156,6 +156,29 @@ impl Queue {
         list.launches.push(Launch { kernel, shape, words_end, starts_end });
     }
 
+    /// Shape and words of the launch that waits last, if it is of `kernel`: an op may do its work along with its own.
+    pub(crate) fn last(&self, kernel: Kernel) -> Option<(Shape, &[u64])> {
+        self.nth_last(0, kernel)
+    }
+
+    /// The same of the launch with `behind` launches behind it.
+    pub(crate) fn nth_last(&self, behind: usize, kernel: Kernel) -> Option<(Shape, &[u64])> {
+        let list = &self.waiting;
+        let at = list.launches.len().checked_sub(behind + 1)?;
+        let (found, before) = (&list.launches[at], &list.launches[..at]);
+        let first = before.last().map_or(0, |l| l.words_end);
+        (found.kernel == kernel).then(|| (found.shape, &list.words[first..found.words_end]))
+    }
+
+    /// Takes the launch that waits last out of the line.
+    pub(crate) fn take_last(&mut self) {
+        let list = &mut self.waiting;
+        list.launches.pop();
+        let ends = list.launches.last().map_or((0, 0), |l| (l.words_end, l.starts_end));
+        list.words.truncate(ends.0);
+        list.starts.truncate(ends.1);
+    }
+
     /// A kernel that wants more than the usual shared memory must say so once; a refusal shows when it is launched.
     fn allow_shared(&mut self, kernel: Kernel, bytes: u32) {
         let allowed = self.shared_allowed.entry(kernel).or_default();

@@ -132,6 +132,67 @@ fn attention(b: &mut dyn Backend, length: usize, rows: usize, together: usize) -
     all
 }
 
+/// A layer and the next one's norm, op after op as the model asks for them, of a sequence that begins with the first
+/// row: ops that follow each other are launched together. The router reads rows of its own, so that no rounding changes
+/// its choices.
+fn layer(b: &mut dyn Backend, dtype: DType, rows: usize, together: usize) -> Vec<f32> {
+    const WIDTH: usize = 384;
+    let mut random = Random::new(6);
+    let (q_width, kv_width) = (MLA.heads * (MLA.nope + MLA.rope), MLA.latent + MLA.rope);
+    let attended = MLA.heads * MLA.value;
+    let sizes = [[q_width, WIDTH], [kv_width, WIDTH], [WIDTH, attended]];
+    let [w_q, w_kv, w_o] = sizes.map(|[n, k]| b.load_matrix(random.matrix(dtype, n, k).unwrap()).unwrap());
+    let kv_b = random.matrix(DType::BF16, MLA.heads * (MLA.nope + MLA.value), MLA.latent).unwrap();
+    let kv_b = b.load_kv_b(&MLA, kv_b).unwrap();
+    let mut three = |inner: usize| {
+        let mut matrix = |n, k| random.matrix(dtype, n, k).unwrap();
+        ExpertMatrices { gate: matrix(inner, WIDTH), up: matrix(inner, WIDTH), down: matrix(WIDTH, inner) }
+    };
+    let shared = three(256);
+    let experts = b.load_experts((0..ROUTER.experts).map(|_| three(128)).collect()).unwrap();
+    let mut load = |m| b.load_matrix(m).unwrap();
+    let shared = Mlp { gate: load(shared.gate), up: load(shared.up), down: load(shared.down) };
+    let gate = b.load_matrix(random.matrix(DType::F32, ROUTER.experts, WIDTH).unwrap()).unwrap();
+    let [norm, ffn_norm, next_norm] = [(); 3].map(|()| b.load_vector(&random.normals(WIDTH)).unwrap());
+    let kv_norm = b.load_vector(&random.normals(MLA.latent)).unwrap();
+    let rope = b.load_rope(&[0.3; 16], 1.0).unwrap();
+    let shape = CacheShape {
+        layers: 1,
+        blocks: rows.div_ceil(BLOCK_TOKENS),
+        latent: MLA.latent,
+        rope: MLA.rope,
+        format: CacheFormat::Bf16,
+    };
+    let cache = b.alloc_cache(shape).unwrap();
+    let [x, routed, h, q, kv, y] =
+        [WIDTH, WIDTH, WIDTH, q_width, kv_width, attended].map(|cols| b.alloc(together, cols).unwrap());
+    let routing = b.alloc_routing(together, ROUTER.top_k).unwrap();
+    let (values, of_router) = (held(&mut random, rows * WIDTH), random.normals(rows * WIDTH));
+    let mut all = Vec::new();
+    for (i, chunk) in values.chunks(together * WIDTH).enumerate() {
+        let (n, first) = (chunk.len() / WIDTH, i * together);
+        b.write(chunk, x).unwrap();
+        b.write(&of_router[first * WIDTH..(first + n) * WIDTH], routed).unwrap();
+        let input = StepInput { blocks: step(0, rows).blocks, ..step(first, n) };
+        b.begin_step(&input).unwrap();
+        b.rms_norm(x, norm, 1e-6, h, n).unwrap();
+        b.matmul(h, w_q, q, n).unwrap();
+        b.matmul(h, w_kv, kv, n).unwrap();
+        b.rope_queries(&MLA, rope, q).unwrap();
+        b.mla_append(&MLA, rope, kv_norm, 1e-6, kv, cache, 0).unwrap();
+        b.mla_attend(&MLA, q, kv_b, cache, 0, y).unwrap();
+        b.matmul_add(y, w_o, x, n).unwrap();
+        b.rms_norm(x, ffn_norm, 1e-6, h, n).unwrap();
+        b.route(&ROUTER, routed, gate, None, routing).unwrap();
+        b.moe(h, routing, experts, Some(&shared), x).unwrap();
+        b.rms_norm(x, next_norm, 1e-6, h, n).unwrap();
+        let mut out = vec![0.0; n * WIDTH];
+        read_now(b, h, n, &mut out).unwrap();
+        all.extend(out);
+    }
+    all
+}
+
 fn check(name: &str, bound: f64, together: usize, run: impl Fn(&mut dyn Backend, usize) -> Vec<f32>) {
     let Some(mut gpu) = native() else { return };
     let found = run(&mut gpu, together);
@@ -166,6 +227,23 @@ fn experts() {
             check(&format!("experts {dtype} {rows} rows"), 3e-2, rows, run);
         }
     }
+}
+
+#[test]
+fn a_layer_in_one_step() {
+    for dtype in [DType::BF16, DType::F8E4M3] {
+        for rows in [1, 5, 14, 70] {
+            let run = |b: &mut dyn Backend, together| layer(b, dtype, rows, together);
+            check(&format!("layer {dtype} {rows} rows"), 5e-2, rows, run);
+        }
+    }
+}
+
+/// The layer itself, where there is no device either: rows of a growing sequence are those of the whole one.
+#[test]
+fn the_reference_takes_the_layer_row_by_row() {
+    let whole = layer(&mut ReferenceBackend::new(), DType::BF16, 70, 70);
+    assert_eq!(whole, layer(&mut ReferenceBackend::new(), DType::BF16, 70, 1));
 }
 
 #[test]

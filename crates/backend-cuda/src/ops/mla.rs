@@ -27,6 +27,8 @@ const SUMS_BYTES_MAX: usize = 256 << 20;
 /// Heads that a block of the tensor cores takes together, and values that one makes.
 const HEADS: usize = 16;
 const VALUES: usize = 32;
+/// Values that a block for eight rows makes.
+const VALUES_OF_EIGHT: usize = 128;
 /// From so many rows on, `attend_values` has blocks enough to give each eight rows, which share the weights.
 const VALUES_ROWS_MIN: usize = 64;
 /// What every GPU that is supported gives a block.
@@ -172,17 +174,45 @@ impl CudaBackend {
         let step = self.step_argument();
         for first in (0..rows).step_by(together) {
             let n = together.min(rows - first);
-            let (kernel, tokens) = if n == 1 { (Kernel::Absorb1, 1) } else { (Kernel::Absorb8, 8) };
-            let grid = Shape::new([latent / RUN, heads, n.div_ceil(tokens)], THREADS);
-            let grid = grid.shared(4 * tokens * (nope + 4 * RUN));
-            self.queue.push(kernel, grid, arguments![kv_b, q, queries, first, n, nope, rope, value, latent]);
+            let tokens = if n == 1 { 1 } else { 8 };
+            let shared = 4 * tokens * (nope + 4 * RUN);
+            let append = if n == rows { self.take_append(shape, q, layer, row_bytes) } else { None };
+            let kernel = if n == 1 { Kernel::Absorb1 } else { Kernel::Absorb8 };
+            let columns = latent / RUN + usize::from(append.is_some());
+            let grid =
+                Shape::new([columns, heads, n.div_ceil(tokens)], THREADS).shared(shared.max(4 * width));
+            let [kv, weight, eps, frequencies, magnitude] = append.unwrap_or_default();
+            let arguments = arguments![
+                kv_b,
+                q,
+                queries,
+                first,
+                n,
+                nope,
+                rope,
+                value,
+                latent,
+                step,
+                kv,
+                weight,
+                eps,
+                frequencies,
+                magnitude,
+                layer,
+                row_bytes
+            ];
+            self.queue.push(kernel, grid, arguments);
             let grid = Shape::new([blocks, heads / HEADS, n], THREADS).shared(attend_bytes(width));
             let arguments =
                 arguments![queries, step, layer, first, latent, rope, row_bytes, softmax_scale, sums, totals];
             self.queue.push(Kernel::AttendBlock, grid, arguments);
             let few = n < VALUES_ROWS_MIN;
-            let (kernel, tokens) = if few { (Kernel::AttendValues1, 1) } else { (Kernel::AttendValues8, 8) };
-            let grid = Shape::new([value.div_ceil(VALUES), heads, n.div_ceil(tokens)], THREADS);
+            let (kernel, tokens, values) = if few {
+                (Kernel::AttendValues1, 1, VALUES)
+            } else {
+                (Kernel::AttendValues8, 8, VALUES_OF_EIGHT)
+            };
+            let grid = Shape::new([value.div_ceil(values), heads, n.div_ceil(tokens)], THREADS);
             let grid = grid.shared(4 * tokens * latent);
             let arguments =
                 arguments![kv_b, step, sums, totals, to, rounded, first, n, blocks, nope, value, latent];
@@ -193,12 +223,41 @@ impl CudaBackend {
     }
 }
 
+impl CudaBackend {
+    /// When all that waits last is to rotate the queries `q` and to append the rows of the step to `layer`, both leave
+    /// the line, and the caller does it: rows, norm, epsilon, frequencies and magnitude.
+    fn take_append(&mut self, shape: &MlaShape, q: u64, layer: u64, row_bytes: usize) -> Option<[u64; 5]> {
+        let MlaShape { heads, nope, rope, latent, .. } = *shape;
+        let rows = self.rows() as u32;
+        let (grid, words) = self.queue.last(Kernel::MlaAppend)?;
+        let &[kv, weight, eps, _, _, _, _, frequencies, magnitude, at, format, latent_of, rope_of, bytes] =
+            words
+        else {
+            return None;
+        };
+        let sizes = [format, latent_of, rope_of, bytes];
+        let expected = [format_code(CacheFormat::Bf16), latent, rope, row_bytes].map(|n| n as u64);
+        if grid.grid[0] != rows || at != layer || sizes != expected {
+            return None;
+        }
+        let turn = [q, self.arrays.positions, frequencies, magnitude, heads as u64, nope as u64, rope as u64];
+        let (grid, words) = self.queue.nth_last(1, Kernel::RopeQueries)?;
+        if grid.grid[0] != rows || words != turn {
+            return None;
+        }
+        self.queue.take_last();
+        self.queue.take_last();
+        Some([kv, weight, eps, frequencies, magnitude])
+    }
+}
+
 /// Whether the sizes are those of `attend_block`'s tiles.
 fn takes_tensor_cores(shape: &MlaShape, format: CacheFormat) -> bool {
     format == CacheFormat::Bf16
         && shape.heads.is_multiple_of(HEADS)
         && shape.latent.is_multiple_of(RUN)
         && shape.rope.is_multiple_of(16)
+        && shape.nope.is_multiple_of(2)
         && attend_bytes(shape.latent + shape.rope) <= SHARED_BYTES_MAX
         && 4 * 8 * (shape.nope + 4 * RUN).max(shape.latent) <= SHARED_BYTES_MAX / 2
 }

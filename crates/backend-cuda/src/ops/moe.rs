@@ -6,7 +6,7 @@ use oxseek_tensor::{
     error::{at_most, expect},
 };
 
-use super::matmul::{THREADS, WARPS, parts_bytes};
+use super::matmul::{STREAM_ROWS, STREAM_TOKENS, STREAM_TOKENS_MAX, THREADS, WARPS, parts_bytes};
 use crate::{
     CudaBackend, Matrix, Product, Room,
     device::Pool,
@@ -18,12 +18,15 @@ use crate::{
 /// Shared memory of the router: scores and flags of experts and groups.
 const ROUTER_BYTES_MAX: usize = 48 << 10;
 
-/// Threads of `moe_group`, one per expert.
-const GROUP_THREADS_MAX: usize = 1024;
+/// Most experts that `moe_group` sorts by, and those up to which its shared memory is enough for all its threads.
+const GROUP_EXPERTS_MAX: usize = 1024;
+const GROUP_EXPERTS_FEW: usize = 256;
+/// Rows up to which the last block of the gate's chooses; many would wait for each other.
+const GATE_ROWS_FEW: usize = 16;
 /// Threads of `gate_logits`.
 const GATE_THREADS: u32 = 128;
 /// Tokens of a tile: few for each expert, or many.
-const TOKENS: [usize; 2] = [8, 32];
+const TOKENS: [usize; 2] = [STREAM_TOKENS, 32];
 /// Bytes of a `Tile` of the kernels.
 pub(crate) const TILE_BYTES: usize = 16;
 
@@ -57,6 +60,8 @@ struct Routed {
     tiles: u64,
     /// The router made both already.
     grouped: bool,
+    /// x was there before the router's kernel began.
+    ready: bool,
     tile_tokens: usize,
     tiles_max: usize,
 }
@@ -111,7 +116,7 @@ impl CudaBackend {
             let sizes = [rows, mlp.gate.rows, 2];
             let inner = Self::grow(&mut self.pool, &mut self.shared_inner, "inner activations", &sizes)?;
             let routed = Routed::default();
-            self.experts_inner(product, rows, &routed, x, 0, Some((&mlp, inner)));
+            self.experts_inner(product, [rows, mlp.gate.cols], &routed, x, 0, Some((&mlp, inner)));
             self.multiply_rounded(product, mlp.down, inner, out, rows, true);
         } else {
             let inner = self.swiglu(&mlp, at)?;
@@ -145,14 +150,37 @@ impl CudaBackend {
         (routing.experts, routing.single) = (shape.experts, rows == 1);
         let logits =
             Self::grow(&mut self.pool, &mut self.logits, "router logits", &[rows, shape.experts, 4])?;
-        if matches!(m.dtype, DType::F32 | DType::BF16) && m.cols.is_multiple_of(4) {
-            let grid = Shape::new([m.rows, rows, 1], GATE_THREADS);
+        let (list, tiles) = if rows == 1 { (list, tiles) } else { (0, 0) };
+        let known = matches!(m.dtype, DType::F32 | DType::BF16) && m.cols.is_multiple_of(4);
+        self.routings[out.0 as usize].in_order = known;
+        let grid = Shape::new([m.rows, rows, 1], GATE_THREADS);
+        if known && rows <= GATE_ROWS_FEW {
+            if self.arrived == 0 {
+                self.arrived = self.zeroed("blocks of the router", &[GATE_ROWS_FEW, 4])?;
+            }
+            let router = router_argument(shape);
+            let arguments = arguments![
+                m.record,
+                x.at,
+                logits,
+                self.arrived,
+                bias,
+                router,
+                ids,
+                weights,
+                order,
+                list,
+                tiles
+            ];
+            self.queue.push(Kernel::GateAndRoute, grid.shared(shared), arguments);
+            return Ok(());
+        }
+        if known {
             self.queue.push(Kernel::GateLogits, grid, arguments![m.record, x.at, logits]);
         } else {
             self.multiply(m, x.at, logits, rows, false);
         }
         let grid = Shape::new([rows, 1, 1], 32).shared(shared);
-        let (list, tiles) = if rows == 1 { (list, tiles) } else { (0, 0) };
         let arguments = arguments![logits, bias, router_argument(shape), ids, weights, order, list, tiles];
         self.queue.push(Kernel::Route, grid, arguments);
         Ok(())
@@ -181,6 +209,7 @@ impl CudaBackend {
         at_most(op, "expert id", set.sizes.len(), routed.experts)?;
         let (records, inner_max, top_k) = (set.records, set.inner_max, routed.top_k);
         let (ids, weights, order) = (routed.ids, routed.weights, routed.order);
+        let in_order = routed.in_order;
         let (list, tiles, grouped) = (routed.list, routed.tiles, routed.single && rows == 1);
         let (product, experts) = (set.product, set.sizes.len());
         let shared = shared.map(|m| self.mlp_matrices(op, m)).transpose()?;
@@ -188,7 +217,7 @@ impl CudaBackend {
             expect(op, "shared expert columns", width, m.gate.cols)?;
         }
         let alike = product.filter(|p| shared.as_ref().is_none_or(|m| m.product() == Some(*p)));
-        if let Some(product) = alike.filter(|_| experts <= GROUP_THREADS_MAX) {
+        if let Some(product) = alike.filter(|_| experts <= GROUP_EXPERTS_MAX) {
             let mut routed = Routed {
                 records,
                 ids,
@@ -203,6 +232,9 @@ impl CudaBackend {
                 ..Routed::default()
             };
             let x = self.rounded(op, rows_of_x, rows)?;
+            // The kernels of the router wait before they let the next ones begin: x was there before.
+            let router = [Kernel::GateAndRoute, Kernel::Route];
+            routed.ready = in_order && router.into_iter().any(|k| self.queue.last(k).is_some());
             return self.moe_rounded(product, rows, width, &mut routed, shared.as_ref(), x, out.at);
         }
         let mut down_and_inner = (0, 0);
@@ -261,36 +293,57 @@ impl CudaBackend {
             with_inner = Some((m, room(&mut self.pool, &mut self.shared_inner, &[rows, m.gate.rows, 2])?));
         }
         if !r.grouped {
-            let threads = r.experts.next_multiple_of(32);
-            let one = Shape::new([1, 1, 1], threads as u32).shared(8 * threads);
+            let threads_max = if r.experts <= GROUP_EXPERTS_FEW { 1024 } else { 256 };
+            let threads = choices.next_multiple_of(32).clamp(128, threads_max);
+            let one = Shape::new([1, 1, 1], threads as u32).shared(4 * r.experts * (3 + threads / 32));
             let arguments = arguments![r.ids, choices, r.experts, r.tile_tokens, r.list, r.tiles];
             self.queue.push(Kernel::MoeGroup, one, arguments);
         }
-        self.experts_inner(product, rows, r, x, inner, with_inner);
+        self.experts_inner(product, [rows, width], r, x, inner, with_inner);
         let (down, shared_inner) = with_inner.map_or((0, 0), |(m, inner)| (m.down.record, inner));
-        let kernel = match (product, r.tile_tokens) {
-            (Product::Bf16, 8) => Kernel::ExpertsOuterBf16x8,
-            (Product::Bf16, _) => Kernel::ExpertsOuterBf16x32,
-            (Product::Fp8, 8) => Kernel::ExpertsOuterFp8x8,
-            (Product::Fp8, _) => Kernel::ExpertsOuterFp8x32,
-        };
         let shared_tiles = if shared.is_some() { rows.div_ceil(r.tile_tokens) } else { 0 };
-        let grid = Shape::new([width.div_ceil(16), r.tiles_max + shared_tiles, 1], THREADS);
-        let grid = grid.shared(parts_bytes(16, r.tile_tokens));
-        let arguments = arguments![
-            r.records,
-            r.tiles,
-            r.list,
-            r.tiles_max,
-            inner,
-            r.inner_max,
-            down,
-            shared_inner,
-            outer,
-            choices,
-            rows
-        ];
-        self.queue.push(kernel, grid, arguments);
+        let tiles = r.tiles_max + shared_tiles;
+        if r.tile_tokens == STREAM_TOKENS {
+            let kernel = match product {
+                Product::Bf16 => Kernel::StreamOuterBf16,
+                Product::Fp8 => Kernel::StreamOuterFp8,
+            };
+            let grid = self.stream_shape(width.div_ceil(STREAM_ROWS) * tiles);
+            let arguments = arguments![
+                r.records,
+                r.tiles,
+                r.list,
+                inner,
+                r.inner_max,
+                down,
+                shared_inner,
+                outer,
+                choices,
+                rows,
+                width
+            ];
+            self.queue.push(kernel, grid, arguments);
+        } else {
+            let kernel = match product {
+                Product::Bf16 => Kernel::ExpertsOuterBf16x32,
+                Product::Fp8 => Kernel::ExpertsOuterFp8x32,
+            };
+            let grid = Shape::new([width.div_ceil(16), tiles, 1], THREADS);
+            let arguments = arguments![
+                r.records,
+                r.tiles,
+                r.list,
+                r.tiles_max,
+                inner,
+                r.inner_max,
+                down,
+                shared_inner,
+                outer,
+                choices,
+                rows
+            ];
+            self.queue.push(kernel, grid.shared(parts_bytes(16, r.tile_tokens)), arguments);
+        }
         let grid = Shape::new([width.div_ceil(256), rows, 1], 256);
         let has_shared = shared.is_some();
         let arguments = arguments![outer, r.weights, r.order, r.top_k, choices, has_shared, out, width];
@@ -298,26 +351,53 @@ impl CudaBackend {
         Ok(())
     }
 
+    /// Blocks of a kernel that streams the weights of so many tiles, at most.
+    fn stream_shape(&self, tiles: usize) -> Shape {
+        Shape::new([tiles.min(self.device.streams()), 1, 1], THREADS).shared(self.stream_bytes(1))
+    }
+
     /// Inner activations in BF16 of the tiles of experts and of a shared MLP for all rows.
     fn experts_inner(
         &mut self,
         product: Product,
-        rows: usize,
+        [rows, cols]: [usize; 2],
         r: &Routed,
         x: u64,
         inner: u64,
         shared: Option<(&MlpMatrices, u64)>,
     ) {
-        let tokens = if r.tiles_max > 0 { r.tile_tokens } else { TOKENS[usize::from(rows > TOKENS[0])] };
-        let kernel = match (product, tokens) {
-            (Product::Bf16, 8) => Kernel::ExpertsInnerBf16x8,
-            (Product::Bf16, _) => Kernel::ExpertsInnerBf16x32,
-            (Product::Fp8, 8) => Kernel::ExpertsInnerFp8x8,
-            (Product::Fp8, _) => Kernel::ExpertsInnerFp8x32,
-        };
+        let alone = TOKENS[usize::from(rows > STREAM_TOKENS_MAX)];
+        let tokens = if r.tiles_max > 0 { r.tile_tokens } else { alone };
         let (gate, up, shared_inner, width) =
             shared.map_or((0, 0, 0, 0), |(m, inner)| (m.gate.record, m.up.record, inner, m.gate.rows));
         let shared_tiles = if shared.is_some() { rows.div_ceil(tokens) } else { 0 };
+        if tokens == STREAM_TOKENS {
+            let kernel = match product {
+                Product::Bf16 => Kernel::StreamInnerBf16,
+                Product::Fp8 => Kernel::StreamInnerFp8,
+            };
+            let grid = self.stream_shape(r.inner_max.max(width).div_ceil(8) * (r.tiles_max + shared_tiles));
+            let arguments = arguments![
+                r.records,
+                r.tiles,
+                r.list,
+                r.top_k,
+                x,
+                inner,
+                r.inner_max,
+                gate,
+                up,
+                shared_inner,
+                rows,
+                cols,
+                r.ready
+            ];
+            return self.queue.push(kernel, grid, arguments);
+        }
+        let kernel = match product {
+            Product::Bf16 => Kernel::ExpertsInnerBf16x32,
+            Product::Fp8 => Kernel::ExpertsInnerFp8x32,
+        };
         let wide = r.inner_max.max(width).div_ceil(16);
         let grid = Shape::new([wide, r.tiles_max + shared_tiles, 1], THREADS).shared(parts_bytes(32, tokens));
         let arguments = arguments![

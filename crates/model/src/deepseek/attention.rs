@@ -75,16 +75,20 @@ impl Attention {
         layer: usize,
         rows: usize,
     ) -> Result<(), Error> {
+        // Both products of `s.h` follow each other, so that a backend may launch them together.
         match &self.query {
-            Query::Full(w) => b.matmul(s.h, *w, s.q, rows)?,
+            Query::Full(w) => {
+                b.matmul(s.h, *w, s.q, rows)?;
+                b.matmul(s.h, self.kv_a, s.kv, rows)?;
+            }
             Query::LowRank { a, norm, b: up } => {
                 b.matmul(s.h, *a, s.q_latent, rows)?;
+                b.matmul(s.h, self.kv_a, s.kv, rows)?;
                 b.rms_norm(s.q_latent, *norm, LATENT_NORM_EPS, s.q_latent, rows)?;
                 b.matmul(s.q_latent, *up, s.q, rows)?;
             }
         }
         b.rope_queries(&self.shape, self.rope, s.q)?;
-        b.matmul(s.h, self.kv_a, s.kv, rows)?;
         b.mla_append(&self.shape, self.rope, self.kv_a_norm, LATENT_NORM_EPS, s.kv, cache, layer)?;
         b.mla_attend(&self.shape, s.q, self.kv_b, cache, layer, s.attended)?;
         b.matmul_add(s.attended, self.output, s.x, rows)
