@@ -95,6 +95,12 @@ fn feed_forward(b: &mut dyn Backend, dtype: DType, rows: usize, together: usize)
     all
 }
 
+/// The cache of one layer and one sequence.
+fn cache_of(tokens: usize) -> CacheShape {
+    let MlaShape { latent, rope, .. } = MLA;
+    CacheShape { layers: 1, blocks: tokens.div_ceil(BLOCK_TOKENS), latent, rope, format: CacheFormat::Bf16 }
+}
+
 /// Attention of the last `rows` rows of a sequence of `length`.
 fn attention(b: &mut dyn Backend, length: usize, rows: usize, together: usize) -> Vec<f32> {
     let mut random = Random::new(5);
@@ -103,14 +109,7 @@ fn attention(b: &mut dyn Backend, length: usize, rows: usize, together: usize) -
     let kv_b = b.load_kv_b(&MLA, kv_b).unwrap();
     let norm = b.load_vector(&random.normals(MLA.latent)).unwrap();
     let rope = b.load_rope(&[0.3; 16], 1.0).unwrap();
-    let shape = CacheShape {
-        layers: 1,
-        blocks: length.div_ceil(BLOCK_TOKENS),
-        latent: MLA.latent,
-        rope: MLA.rope,
-        format: CacheFormat::Bf16,
-    };
-    let cache = b.alloc_cache(shape).unwrap();
+    let cache = b.alloc_cache(cache_of(length)).unwrap();
     let (kv, q) = (b.alloc(length, width).unwrap(), b.alloc(together, q_width).unwrap());
     let y = b.alloc(together, MLA.heads * MLA.value).unwrap();
     let mut whole = step(0, length);
@@ -156,14 +155,7 @@ fn layer(b: &mut dyn Backend, dtype: DType, rows: usize, together: usize) -> Vec
     let [norm, ffn_norm, next_norm] = [(); 3].map(|()| b.load_vector(&random.normals(WIDTH)).unwrap());
     let kv_norm = b.load_vector(&random.normals(MLA.latent)).unwrap();
     let rope = b.load_rope(&[0.3; 16], 1.0).unwrap();
-    let shape = CacheShape {
-        layers: 1,
-        blocks: rows.div_ceil(BLOCK_TOKENS),
-        latent: MLA.latent,
-        rope: MLA.rope,
-        format: CacheFormat::Bf16,
-    };
-    let cache = b.alloc_cache(shape).unwrap();
+    let cache = b.alloc_cache(cache_of(rows)).unwrap();
     let [x, routed, h, q, kv, y] =
         [WIDTH, WIDTH, WIDTH, q_width, kv_width, attended].map(|cols| b.alloc(together, cols).unwrap());
     let routing = b.alloc_routing(together, ROUTER.top_k).unwrap();

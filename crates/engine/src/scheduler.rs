@@ -200,6 +200,11 @@ impl Sequence {
         self.tokens.len() - self.computed
     }
 
+    /// Its own place and those of its forks.
+    fn places(&self) -> usize {
+        1 + self.forks
+    }
+
     fn decodes(&self) -> bool {
         self.pending() == 1 && self.computed >= self.prompt_tokens
     }
@@ -639,11 +644,9 @@ impl Scheduler {
     /// Moves a waiting sequence to the end of the running ones, if there is room for all of its tokens and forks.
     /// Paused ones make room: who waits must not wait for somebody else's reader.
     fn admit(&mut self, at: usize) -> bool {
-        let places = |s: &[Sequence], paused: bool| -> usize {
-            s.iter().filter(|s| paused || !s.paused).map(|s| 1 + s.forks).sum()
-        };
-        let own = 1 + self.waiting[at].forks;
-        if places(&self.running, false) + own > self.limits.sequences_max {
+        let own = self.waiting[at].places();
+        let kept: usize = self.running.iter().filter(|s| !s.paused).map(Sequence::places).sum();
+        if kept + own > self.limits.sequences_max {
             return false;
         }
         let (beginning, blocks) = loop {
@@ -651,8 +654,8 @@ impl Scheduler {
             let beginning = self.beginning(next);
             let blocks = blocks_for(next.tokens.len()) - beginning.blocks.len();
             let idle = beginning.blocks.iter().filter(|f| self.pool.is_idle(f.block)).count();
-            let place = places(&self.running, true) + own <= self.limits.sequences_max;
-            if place && blocks <= self.pool.free() - idle {
+            let places: usize = self.running.iter().map(Sequence::places).sum();
+            if places + own <= self.limits.sequences_max && blocks <= self.pool.free() - idle {
                 break (beginning, blocks);
             }
             if !self.running.iter().any(|s| s.paused) {
@@ -938,6 +941,15 @@ mod tests {
         Arrival { prompt: [vec![1; common], vec![own; tokens]].concat(), ..Arrival::default() }
     }
 
+    /// What sequence 1 leaves in a cache of so many blocks.
+    fn left_behind(cache_blocks: usize, arrival: Arrival) -> Scheduler {
+        let mut s = reusing(2, 100, cache_blocks);
+        s.submit(SequenceId(1), arrival);
+        step(&mut s);
+        s.finish(SequenceId(1));
+        s
+    }
+
     #[test]
     fn rows_of_a_block_that_is_not_whole_are_copied() {
         let mut s = reusing(8, 1000, 50);
@@ -1003,10 +1015,7 @@ mod tests {
 
     #[test]
     fn a_block_may_be_taken_for_the_one_that_copies_it() {
-        let mut s = reusing(2, 100, 1);
-        s.submit(SequenceId(1), begins(20, 2, 10));
-        step(&mut s);
-        s.finish(SequenceId(1));
+        let mut s = left_behind(1, begins(20, 2, 10));
         s.submit(SequenceId(2), begins(20, 3, 10));
         // The only block is where the rows are already.
         assert_eq!(step_with_copies(&mut s), (vec![(2, 10)], 0));
@@ -1015,10 +1024,7 @@ mod tests {
 
     #[test]
     fn copies_of_a_step_that_failed_are_not_found_again() {
-        let mut s = reusing(2, 100, 9);
-        s.submit(SequenceId(1), begins(60, 2, 1));
-        step(&mut s);
-        s.finish(SequenceId(1));
+        let mut s = left_behind(9, begins(60, 2, 1));
         let kept = s.blocks_kept();
         s.submit(SequenceId(2), begins(50, 3, 10));
         let (mut batch, mut wanted) = (Batch::default(), Vec::new());
@@ -1031,10 +1037,7 @@ mod tests {
 
     #[test]
     fn what_a_broken_one_was_copied_from_is_not_found_again() {
-        let mut s = reusing(2, 100, 9);
-        s.submit(SequenceId(1), begins(60, 2, 1));
-        step(&mut s);
-        s.finish(SequenceId(1));
+        let mut s = left_behind(9, begins(60, 2, 1));
         s.submit(SequenceId(2), begins(50, 3, 10));
         assert_eq!(step_with_copies(&mut s), (vec![(2, 10)], 1));
         s.discard(SequenceId(2));

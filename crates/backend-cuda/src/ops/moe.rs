@@ -300,50 +300,7 @@ impl CudaBackend {
             self.queue.push(Kernel::MoeGroup, one, arguments);
         }
         self.experts_inner(product, [rows, width], r, x, inner, with_inner);
-        let (down, shared_inner) = with_inner.map_or((0, 0), |(m, inner)| (m.down.record, inner));
-        let shared_tiles = if shared.is_some() { rows.div_ceil(r.tile_tokens) } else { 0 };
-        let tiles = r.tiles_max + shared_tiles;
-        if r.tile_tokens == STREAM_TOKENS {
-            let kernel = match product {
-                Product::Bf16 => Kernel::StreamOuterBf16,
-                Product::Fp8 => Kernel::StreamOuterFp8,
-            };
-            let grid = self.stream_shape(width.div_ceil(STREAM_ROWS) * tiles);
-            let arguments = arguments![
-                r.records,
-                r.tiles,
-                r.list,
-                inner,
-                r.inner_max,
-                down,
-                shared_inner,
-                outer,
-                choices,
-                rows,
-                width
-            ];
-            self.queue.push(kernel, grid, arguments);
-        } else {
-            let kernel = match product {
-                Product::Bf16 => Kernel::ExpertsOuterBf16x32,
-                Product::Fp8 => Kernel::ExpertsOuterFp8x32,
-            };
-            let grid = Shape::new([width.div_ceil(16), tiles, 1], THREADS);
-            let arguments = arguments![
-                r.records,
-                r.tiles,
-                r.list,
-                r.tiles_max,
-                inner,
-                r.inner_max,
-                down,
-                shared_inner,
-                outer,
-                choices,
-                rows
-            ];
-            self.queue.push(kernel, grid.shared(parts_bytes(16, r.tile_tokens)), arguments);
-        }
+        self.experts_outer(product, [rows, width], r, inner, outer, with_inner);
         let grid = Shape::new([width.div_ceil(256), rows, 1], 256);
         let has_shared = shared.is_some();
         let arguments = arguments![outer, r.weights, r.order, r.top_k, choices, has_shared, out, width];
@@ -415,5 +372,62 @@ impl CudaBackend {
             rows
         ];
         self.queue.push(kernel, grid, arguments);
+    }
+
+    /// Outputs in F32 of each choice, and behind them of a shared MLP for all rows.
+    fn experts_outer(
+        &mut self,
+        product: Product,
+        [rows, width]: [usize; 2],
+        r: &Routed,
+        inner: u64,
+        outer: u64,
+        shared: Option<(&MlpMatrices, u64)>,
+    ) {
+        let choices = rows * r.top_k;
+        let (down, shared_inner) = shared.map_or((0, 0), |(m, inner)| (m.down.record, inner));
+        let shared_tiles = if shared.is_some() { rows.div_ceil(r.tile_tokens) } else { 0 };
+        let tiles = r.tiles_max + shared_tiles;
+        if r.tile_tokens == STREAM_TOKENS {
+            let kernel = match product {
+                Product::Bf16 => Kernel::StreamOuterBf16,
+                Product::Fp8 => Kernel::StreamOuterFp8,
+            };
+            let grid = self.stream_shape(width.div_ceil(STREAM_ROWS) * tiles);
+            let arguments = arguments![
+                r.records,
+                r.tiles,
+                r.list,
+                inner,
+                r.inner_max,
+                down,
+                shared_inner,
+                outer,
+                choices,
+                rows,
+                width
+            ];
+            self.queue.push(kernel, grid, arguments);
+        } else {
+            let kernel = match product {
+                Product::Bf16 => Kernel::ExpertsOuterBf16x32,
+                Product::Fp8 => Kernel::ExpertsOuterFp8x32,
+            };
+            let grid = Shape::new([width.div_ceil(16), tiles, 1], THREADS);
+            let arguments = arguments![
+                r.records,
+                r.tiles,
+                r.list,
+                r.tiles_max,
+                inner,
+                r.inner_max,
+                down,
+                shared_inner,
+                outer,
+                choices,
+                rows
+            ];
+            self.queue.push(kernel, grid.shared(parts_bytes(16, r.tile_tokens)), arguments);
+        }
     }
 }

@@ -43,7 +43,8 @@ impl Lanes for P {
         // SAFETY: above; the table has 64 halves.
         unsafe {
             let (even, odd) = (_mm512_loadu_si512(a.cast()), _mm512_loadu_si512(b.cast()));
-            let [low, high] = [0, 32].map(|i| _mm512_loadu_si512(PAIRS.as_ptr().add(i).cast()));
+            let pairs = PAIRS.as_ptr();
+            let (low, high) = (_mm512_loadu_si512(pairs.cast()), _mm512_loadu_si512(pairs.add(32).cast()));
             [_mm512_permutex2var_epi16(even, low, odd), _mm512_permutex2var_epi16(even, high, odd)]
         }
     }
