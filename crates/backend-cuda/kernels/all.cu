@@ -1,4 +1,3 @@
 // Everything in one translation unit: one fatbin.
-#include "plain.cu"
-#include "native.cu"
+#include "attention.cu"
 #include "stream.cu"

@@ -1,5 +1,6 @@
 // Every op in plain F32 kernels for every format: exact precision. A row's sums run in one fixed order, whatever else
 // is in the step.
+#pragma once
 #include "step.cuh"
 
 // R rows of x (where `xs` point) with row n of the matrix; every lane gets the sums.

@@ -42,6 +42,10 @@ __device__ float block_sum(float v, float* room) {
   return sum;
 }
 
+// What is asked of shared memory with cp.async is waited for in groups.
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
 __device__ __forceinline__ float silu(float z) { return z / (1.0f + expf(-z)); }
 
 // Tokens that one expert serves at a time.

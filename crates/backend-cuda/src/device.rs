@@ -8,6 +8,7 @@ use std::{
 use oxseek_tensor::Error;
 
 use crate::{
+    Product,
     driver::{Context, DeviceFacts, DevicePtr, Driver, Function},
     kernels::{FATBIN, Kernel},
 };
@@ -74,14 +75,33 @@ impl Device {
         self.facts.capability == HOPPER
     }
 
+    pub(crate) fn multiprocessors(&self) -> usize {
+        self.facts.multiprocessors
+    }
+
     /// Blocks of the kernels that stream weights; two of them lie on a multiprocessor.
     pub(crate) fn streams(&self) -> usize {
-        2 * self.facts.multiprocessors
+        2 * self.multiprocessors()
     }
 
     /// Stages of a warp's ring: `STAGES` of the kernels.
     pub(crate) fn stages(&self) -> usize {
         if self.overlaps() { 3 } else { 2 }
+    }
+
+    /// Stages of the ring of a kernel for many tokens: `GEMM_STAGES` of the kernels.
+    pub(crate) fn gemm_stages(&self) -> usize {
+        if self.overlaps() { 6 } else { 3 }
+    }
+
+    /// Tokens of its wide tiles: `WIDE_BF16` and `WIDE_FP8` of the kernels.
+    pub(crate) fn wide(&self, product: Product) -> usize {
+        match product {
+            Product::Bf16 if self.overlaps() => 128,
+            Product::Bf16 => 96,
+            Product::Fp8 if self.overlaps() => 96,
+            Product::Fp8 => 64,
+        }
     }
 
     pub(crate) fn function(&self, kernel: Kernel) -> Function {

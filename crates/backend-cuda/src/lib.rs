@@ -122,7 +122,14 @@ enum Product {
 #[derive(Clone, Copy)]
 struct KvBFactor {
     matrix: Matrix,
-    rounded: Option<DevicePtr>,
+    rounded: Option<RoundedKvB>,
+}
+
+/// `kv_b` in BF16: `W_UK` of each head, transposed, with columns of zeros behind, and `W_UV`.
+#[derive(Clone, Copy)]
+struct RoundedKvB {
+    keys: DevicePtr,
+    values: DevicePtr,
 }
 
 struct ExpertSet {
@@ -210,6 +217,8 @@ pub struct CudaBackend {
     /// Zeros between the kernels that count in it, once there are any.
     arrived: DevicePtr,
     absorbed: Room,
+    of_nope: Room,
+    means: Room,
     inner: Room,
     shared_inner: Room,
     grouped: Room,
@@ -249,6 +258,8 @@ impl CudaBackend {
             logits: Room::default(),
             arrived: 0,
             absorbed: Room::default(),
+            of_nope: Room::default(),
+            means: Room::default(),
             inner: Room::default(),
             shared_inner: Room::default(),
             grouped: Room::default(),
@@ -602,11 +613,15 @@ impl Backend for CudaBackend {
         let rounded = match self.options.precision {
             Precision::Exact => None,
             Precision::Native => {
-                let at = self.pool.take("kv_b in BF16", matrix.rows * matrix.cols * 2)?;
-                let shape = Shape::new([matrix.rows, 1, 1], 256);
-                self.queue.push(Kernel::ToBf16, shape, arguments![matrix.record, at]);
+                let MlaShape { heads, nope, value, latent, .. } = *shape;
+                let padded = nope.next_multiple_of(COLUMNS);
+                let keys = self.zeroed("kv_b in BF16", &[heads, latent, padded, 2])?;
+                let values = self.pool.take("kv_b in BF16", heads * value * latent * 2)?;
+                let rows = Shape::new([matrix.rows, 1, 1], 256);
+                let arguments = arguments![matrix.record, keys, values, nope, value, padded];
+                self.queue.push(Kernel::SplitKvB, rows, arguments);
                 self.queue.flush()?;
-                Some(at)
+                Some(RoundedKvB { keys, values })
             }
         };
         Ok(KvB(push(&mut self.kv_bs, KvBFactor { matrix, rounded })))

@@ -20,8 +20,8 @@ const GRAPH_LAUNCHES_MIN: usize = 8;
 const GRAPHS_MAX: usize = 64;
 /// Lists that were seen once and are remembered.
 const SEEN_MAX: usize = 1024;
-/// Without asking a kernel gets so much shared memory.
-const SHARED_BYTES_USUAL: u32 = 48 << 10;
+/// Without asking a kernel gets so much shared memory beside what it declares itself.
+const SHARED_BYTES_USUAL: u32 = 32 << 10;
 
 /// One argument of a kernel: whole words of eight bytes; a shorter value lies in the low bytes.
 #[derive(Debug, Clone, Copy)]

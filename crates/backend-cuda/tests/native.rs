@@ -24,6 +24,9 @@ const ROUTER: RouterShape = RouterShape {
     scale: 1.0,
 };
 const MLA: MlaShape = MlaShape { heads: 32, nope: 48, rope: 32, value: 40, latent: 256, softmax_scale: 0.1 };
+/// The sizes for which rows of prompts have kernels of their own.
+const DEEPSEEK: MlaShape =
+    MlaShape { heads: 16, nope: 128, rope: 64, value: 128, latent: 512, softmax_scale: 0.1 };
 
 fn native() -> Option<CudaBackend> {
     let options = CudaOptions { precision: Precision::Native, ..CudaOptions::default() };
@@ -96,26 +99,26 @@ fn feed_forward(b: &mut dyn Backend, dtype: DType, rows: usize, together: usize)
 }
 
 /// The cache of one layer and one sequence.
-fn cache_of(tokens: usize) -> CacheShape {
-    let MlaShape { latent, rope, .. } = MLA;
+fn cache_of(shape: &MlaShape, tokens: usize) -> CacheShape {
+    let MlaShape { latent, rope, .. } = *shape;
     CacheShape { layers: 1, blocks: tokens.div_ceil(BLOCK_TOKENS), latent, rope, format: CacheFormat::Bf16 }
 }
 
 /// Attention of the last `rows` rows of a sequence of `length`.
-fn attention(b: &mut dyn Backend, length: usize, rows: usize, together: usize) -> Vec<f32> {
+fn attention(b: &mut dyn Backend, mla: &MlaShape, length: usize, rows: usize, together: usize) -> Vec<f32> {
     let mut random = Random::new(5);
-    let (width, q_width) = (MLA.latent + MLA.rope, MLA.heads * (MLA.nope + MLA.rope));
-    let kv_b = random.matrix(DType::BF16, MLA.heads * (MLA.nope + MLA.value), MLA.latent).unwrap();
-    let kv_b = b.load_kv_b(&MLA, kv_b).unwrap();
-    let norm = b.load_vector(&random.normals(MLA.latent)).unwrap();
-    let rope = b.load_rope(&[0.3; 16], 1.0).unwrap();
-    let cache = b.alloc_cache(cache_of(length)).unwrap();
+    let (width, q_width) = (mla.latent + mla.rope, mla.heads * (mla.nope + mla.rope));
+    let kv_b = random.matrix(DType::BF16, mla.heads * (mla.nope + mla.value), mla.latent).unwrap();
+    let kv_b = b.load_kv_b(mla, kv_b).unwrap();
+    let norm = b.load_vector(&random.normals(mla.latent)).unwrap();
+    let rope = b.load_rope(&vec![0.3; mla.rope / 2], 1.0).unwrap();
+    let cache = b.alloc_cache(cache_of(mla, length)).unwrap();
     let (kv, q) = (b.alloc(length, width).unwrap(), b.alloc(together, q_width).unwrap());
-    let y = b.alloc(together, MLA.heads * MLA.value).unwrap();
+    let y = b.alloc(together, mla.heads * mla.value).unwrap();
     let mut whole = step(0, length);
     b.write(&random.normals(length * width), kv).unwrap();
     b.begin_step(&whole).unwrap();
-    b.mla_append(&MLA, rope, norm, 1e-6, kv, cache, 0).unwrap();
+    b.mla_append(mla, rope, norm, 1e-6, kv, cache, 0).unwrap();
     let mut all = Vec::new();
     for (i, chunk) in held(&mut random, rows * q_width).chunks(together * q_width).enumerate() {
         let n = chunk.len() / q_width;
@@ -123,8 +126,53 @@ fn attention(b: &mut dyn Backend, length: usize, rows: usize, together: usize) -
         whole.segments[0] = Segment { rows: n, start: length - rows + i * together, ..whole.segments[0] };
         b.write(chunk, q).unwrap();
         b.begin_step(&whole).unwrap();
-        b.mla_attend(&MLA, q, kv_b, cache, 0, y).unwrap();
-        let mut out = vec![0.0; n * MLA.heads * MLA.value];
+        b.mla_attend(mla, q, kv_b, cache, 0, y).unwrap();
+        let mut out = vec![0.0; n * mla.heads * mla.value];
+        read_now(b, y, n, &mut out).unwrap();
+        all.extend(out);
+    }
+    all
+}
+
+/// Prompts of 5, 7 and 70 rows and two single rows behind 90 others, in one step, or row by row.
+fn sequences(b: &mut dyn Backend, at_once: bool) -> Vec<f32> {
+    let mla = &DEEPSEEK;
+    let (width, q_width) = (mla.latent + mla.rope, mla.heads * (mla.nope + mla.rope));
+    let mut random = Random::new(7);
+    let kv_b = random.matrix(DType::BF16, mla.heads * (mla.nope + mla.value), mla.latent).unwrap();
+    let kv_b = b.load_kv_b(mla, kv_b).unwrap();
+    let norm = b.load_vector(&random.normals(mla.latent)).unwrap();
+    let rope = b.load_rope(&vec![0.3; mla.rope / 2], 1.0).unwrap();
+    let lengths = [(0, 5), (90, 1), (0, 7), (0, 70), (90, 1)];
+    let cache = b.alloc_cache(cache_of(mla, 64 * 10)).unwrap();
+    let (kv, q) = (b.alloc(90, width).unwrap(), b.alloc(84, q_width).unwrap());
+    let y = b.alloc(84, mla.heads * mla.value).unwrap();
+    let (mut whole, mut inputs) = (StepInput::default(), Vec::new());
+    for (i, (start, rows)) in lengths.into_iter().enumerate() {
+        let first_block = whole.blocks.len();
+        whole.blocks.extend([9 - 2 * i as u32, 8 - 2 * i as u32]);
+        let mut earlier = step(0, start + rows);
+        earlier.blocks = whole.blocks[first_block..].to_vec();
+        b.write(&random.normals((start + rows) * width), kv).unwrap();
+        b.begin_step(&earlier).unwrap();
+        b.mla_append(mla, rope, norm, 1e-6, kv, cache, 0).unwrap();
+        let row = whole.tokens.len();
+        whole.tokens.extend(vec![0; rows]);
+        let mode = AttendMode::Absorbed;
+        whole.segments.push(Segment { row, rows, start, first_block, mode });
+        inputs.extend(
+            (0..rows).map(|r| step(start + r, 1)).map(|s| StepInput { blocks: earlier.blocks.clone(), ..s }),
+        );
+    }
+    let values = held(&mut random, 84 * q_width);
+    let steps = if at_once { vec![whole] } else { inputs };
+    let mut all = Vec::new();
+    for (input, values) in steps.iter().zip(values.chunks(values.len() / steps.len())) {
+        let n = input.tokens.len();
+        b.write(values, q).unwrap();
+        b.begin_step(input).unwrap();
+        b.mla_attend(mla, q, kv_b, cache, 0, y).unwrap();
+        let mut out = vec![0.0; n * mla.heads * mla.value];
         read_now(b, y, n, &mut out).unwrap();
         all.extend(out);
     }
@@ -155,7 +203,7 @@ fn layer(b: &mut dyn Backend, dtype: DType, rows: usize, together: usize) -> Vec
     let [norm, ffn_norm, next_norm] = [(); 3].map(|()| b.load_vector(&random.normals(WIDTH)).unwrap());
     let kv_norm = b.load_vector(&random.normals(MLA.latent)).unwrap();
     let rope = b.load_rope(&[0.3; 16], 1.0).unwrap();
-    let cache = b.alloc_cache(cache_of(rows)).unwrap();
+    let cache = b.alloc_cache(cache_of(&MLA, rows)).unwrap();
     let [x, routed, h, q, kv, y] =
         [WIDTH, WIDTH, WIDTH, q_width, kv_width, attended].map(|cols| b.alloc(together, cols).unwrap());
     let routing = b.alloc_routing(together, ROUTER.top_k).unwrap();
@@ -240,10 +288,18 @@ fn the_reference_takes_the_layer_row_by_row() {
 
 #[test]
 fn attention_over_blocks() {
-    for (length, rows) in [(5, 5), (64, 2), (130, 70), (700, 9)] {
-        let run = |b: &mut dyn Backend, together| attention(b, length, rows, together);
-        check(&format!("attention {rows} of {length}"), 3e-2, rows, run);
+    for mla in [MLA, DEEPSEEK] {
+        for (length, rows) in [(5, 5), (64, 2), (130, 70), (700, 9)] {
+            let run = |b: &mut dyn Backend, together| attention(b, &mla, length, rows, together);
+            check(&format!("attention {rows} of {length}, {} heads", mla.heads), 3e-2, rows, run);
+        }
     }
+}
+
+#[test]
+fn sequences_side_by_side() {
+    let run = |b: &mut dyn Backend, together| sequences(b, together > 1);
+    check("sequences side by side", 3e-2, 84, run);
 }
 
 #[test]

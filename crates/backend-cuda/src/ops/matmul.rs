@@ -18,10 +18,6 @@ pub(super) const WARPS: usize = 8;
 pub(super) const THREADS: u32 = 32 * WARPS as u32;
 /// Rows of x that a warp multiplies together: `TILE` of the kernels.
 const TILE: usize = 4;
-/// Rows of weights that a block of the tensor cores takes together.
-const ROWS: usize = 32;
-/// Tokens that a block of the tensor cores takes together.
-const TOKENS: [usize; 2] = [32, 64];
 /// Tokens of a tile of a kernel that streams its weights, and most that it takes together.
 pub(super) const STREAM_TOKENS: usize = 8;
 pub(super) const STREAM_TOKENS_MAX: usize = 2 * STREAM_TOKENS;
@@ -30,6 +26,13 @@ pub(super) const STREAM_ROWS: usize = 16;
 /// `STAGE_BYTES` and `TOKEN_STRIDE` of the kernels.
 const STAGE_BYTES: usize = 4096;
 const TOKEN_STRIDE: usize = 20;
+/// Rows of weights of a tile of a kernel for many tokens, its threads, and tokens of a narrow tile.
+pub(super) const GEMM_ROWS: usize = 128;
+pub(super) const GEMM_THREADS: u32 = 384;
+pub(super) const NARROW: usize = 64;
+/// Columns that it brings at a time, and where wgmma wants them to begin.
+const GEMM_COLUMNS: usize = 64;
+pub(super) const GEMM_ALIGN: usize = 1024;
 
 impl CudaBackend {
     pub(crate) fn embed_tokens(&mut self, table: Weight, out: Buffer) -> Result<(), Error> {
@@ -85,19 +88,21 @@ impl CudaBackend {
         if rows <= STREAM_TOKENS_MAX {
             return self.stream(product, m, x, out, rows, add);
         }
-        let width = TOKENS.into_iter().find(|w| rows <= *w).unwrap_or(TOKENS[1]);
-        let kernel = match (product, width) {
-            (Product::Bf16, 32) => Kernel::ProductBf16x32,
-            (Product::Bf16, _) => Kernel::ProductBf16x64,
-            (Product::Fp8, 32) => Kernel::ProductFp8x32,
-            (Product::Fp8, _) => Kernel::ProductFp8x64,
+        let narrow = rows <= NARROW;
+        let kernel = match (product, narrow) {
+            (Product::Bf16, true) => Kernel::ProductBf16Narrow,
+            (Product::Bf16, false) => Kernel::ProductBf16Wide,
+            (Product::Fp8, true) => Kernel::ProductFp8Narrow,
+            (Product::Fp8, false) => Kernel::ProductFp8Wide,
         };
-        let shape = Shape::new([m.rows.div_ceil(ROWS), rows.div_ceil(width), 1], THREADS);
-        let shape = shape.shared(parts_bytes(ROWS, width));
-        self.queue.push(kernel, shape, arguments![m.record, x, out, rows, add]);
+        let width = if narrow { NARROW } else { self.device.wide(product) };
+        let tiles = m.rows.div_ceil(GEMM_ROWS) * rows.div_ceil(width);
+        let most = self.device.multiprocessors();
+        let shape = Shape::new([1, 1, 1], GEMM_THREADS).shared(self.gemm_bytes(product, width));
+        self.push_product(kernel, shape, (tiles, most), m, x, out, rows, add);
     }
 
-    /// The same of few rows. Two products of the same rows one after the other are launched together.
+    /// The same of few rows.
     fn stream(&mut self, product: Product, m: Matrix, x: DevicePtr, out: DevicePtr, rows: usize, add: bool) {
         let few = rows <= STREAM_TOKENS;
         let kernel = match (product, few) {
@@ -106,21 +111,38 @@ impl CudaBackend {
             (Product::Fp8, true) => Kernel::StreamFp8x8,
             (Product::Fp8, false) => Kernel::StreamFp8x16,
         };
-        let (mut blocks, mut second) = (m.rows.div_ceil(STREAM_ROWS), (0, 0));
+        let shape = Shape::new([1, 1, 1], THREADS).shared(self.stream_bytes(if few { 1 } else { 2 }));
+        let tiles = (m.rows.div_ceil(STREAM_ROWS), self.device.streams());
+        self.push_product(kernel, shape, tiles, m, x, out, rows, add);
+    }
+
+    /// Launches a product of so many tiles on at most so many blocks. Two products of the same rows one after the other
+    /// are launched together.
+    fn push_product(
+        &mut self,
+        kernel: Kernel,
+        shape: Shape,
+        (mut tiles, most): (usize, usize),
+        m: Matrix,
+        x: DevicePtr,
+        out: DevicePtr,
+        rows: usize,
+        add: bool,
+    ) {
+        let mut second = (0, 0);
         let (mut first, mut first_out) = (m.record, out);
         if !add
-            && let Some((shape, &[record, 0, same, other, _, count, 0])) = self.queue.last(kernel)
+            && let Some((last, &[record, 0, same, other, _, count, 0])) = self.queue.last(kernel)
             && same == x
             && other != out
             && count == rows as u64
         {
-            blocks += shape.grid[0] as usize;
+            tiles += last.grid[0] as usize;
             second = (m.record, out);
             (first, first_out) = (record, other);
             self.queue.take_last();
         }
-        let shape = Shape::new([blocks.min(self.device.streams()), 1, 1], THREADS);
-        let shape = shape.shared(self.stream_bytes(if few { 1 } else { 2 }));
+        let shape = Shape { grid: [tiles.min(most) as u32, 1, 1], ..shape };
         self.queue.push(kernel, shape, arguments![first, second.0, x, first_out, second.1, rows, add]);
     }
 
@@ -130,9 +152,13 @@ impl CudaBackend {
         let ring = self.device.stages() * STAGE_BYTES;
         WARPS * (ring + 2 * tiles * STREAM_TOKENS * TOKEN_STRIDE * 4)
     }
-}
 
-/// Shared memory for the parts of a tile's sums, one of each warp.
-pub(super) const fn parts_bytes(rows: usize, tokens: usize) -> usize {
-    WARPS * rows * tokens * 4
+    /// Shared memory of a kernel for many tokens: its ring, whose stages hold columns of weights and of tokens.
+    pub(super) fn gemm_bytes(&self, product: Product, width: usize) -> usize {
+        let weights = match product {
+            Product::Bf16 => 2 * GEMM_ROWS * GEMM_COLUMNS,
+            Product::Fp8 => GEMM_ROWS * GEMM_COLUMNS,
+        };
+        self.device.gemm_stages() * (weights + 2 * width * GEMM_COLUMNS) + GEMM_ALIGN
+    }
 }

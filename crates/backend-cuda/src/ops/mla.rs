@@ -1,17 +1,17 @@
 //! `mla_append`, `mla_attend`.
 //!
-//! Both forms of attention are one function up to rounding, so every row takes the absorbed one: a row's bits do not
-//! depend on how its prompt was cut.
+//! Both forms of attention are one function up to rounding, so every row takes the absorbed one, and rows of prompts get
+//! the bits of single rows: a row does not depend on how its prompt was cut.
 
 use oxseek_tensor::{
     CacheFormat, Error,
-    backend::{BLOCK_TOKENS, Buffer, Cache, KvB, MlaShape, Rope, Vector},
+    backend::{BLOCK_TOKENS, Buffer, Cache, KvB, MlaShape, Rope, Segment, Vector},
     error::{at_most, expect},
 };
 
-use super::matmul::{THREADS, WARPS};
+use super::matmul::{GEMM_ALIGN, GEMM_ROWS, GEMM_THREADS, THREADS, WARPS};
 use crate::{
-    CudaBackend, LatentCache, RUN, Room,
+    COLUMNS, CudaBackend, LatentCache, Product, RUN, Room, RoundedKvB,
     device::Pool,
     found,
     kernels::Kernel,
@@ -22,13 +22,22 @@ use crate::{
 const HEAD_THREADS: u32 = 128;
 /// Absorbed queries that are kept at a time; more rows take turns.
 const ABSORBED_BYTES_MAX: usize = 256 << 20;
+/// The same of rows of prompts.
+const QUERIES_BYTES_MAX: usize = 256 << 20;
 /// Sums of blocks of the cache that are kept at a time.
 const SUMS_BYTES_MAX: usize = 256 << 20;
 /// Heads that a block of the tensor cores takes together, and values that one makes.
 const HEADS: usize = 16;
 const VALUES: usize = 32;
-/// Values that a block for eight rows makes.
+/// Rows that `absorb` takes together, and values that a block for eight rows makes.
+const ROWS: usize = 8;
 const VALUES_OF_EIGHT: usize = 128;
+/// Most columns of a head's queries that `absorb` multiplies.
+const NOPE_MAX: usize = RUN;
+/// What `attend_rows` is made for: columns of the latent and the rope part, rows of the step together; and how many rows
+/// of a sequence are worth it.
+const ROWS_OF_PROMPT: (usize, usize, usize) = (512, 64, 4);
+const ROWS_OF_PROMPT_MIN: usize = 4;
 /// From so many rows on, `attend_values` has blocks enough to give each eight rows, which share the weights.
 const VALUES_ROWS_MIN: usize = 64;
 /// What every GPU that is supported gives a block.
@@ -110,7 +119,16 @@ impl CudaBackend {
             && takes_tensor_cores(shape, cache.shape.format)
         {
             let (layer, row_bytes) = (cache.layer(layer), cache.row_bytes);
-            return self.attend_rounded(shape, q.at, kv_b, layer, row_bytes, to);
+            for (first, n, prompt) in self.ranges(shape) {
+                let range = (first, n);
+                if prompt {
+                    self.attend_prompts(shape, q.at, kv_b, layer, row_bytes, to, range)?;
+                } else {
+                    self.attend_rounded(shape, q.at, kv_b, layer, row_bytes, to, range)?;
+                }
+            }
+            self.buffers[to.0 as usize].rounded_rows = rows;
+            return Ok(());
         }
         let (at, format, row_bytes) = (cache.layer(layer), format_code(cache.shape.format), cache.row_bytes);
         let shared = 4 * (2 * latent + rope + BLOCK_TOKENS);
@@ -147,21 +165,81 @@ impl CudaBackend {
         Ok(())
     }
 
-    /// Attention on the tensor cores: each block of the cache by itself, then the blocks in order.
+    /// Rows of the step in order: first, how many, and whether they are rows of prompts.
+    fn ranges(&self, shape: &MlaShape) -> Vec<(usize, usize, bool)> {
+        let (latent, rope, _) = ROWS_OF_PROMPT;
+        let made_for = self.device.overlaps() && (shape.latent, shape.rope) == (latent, rope);
+        let mut ranges: Vec<(usize, usize, bool)> = Vec::new();
+        for s in &self.step.segments {
+            let prompt = made_for && s.rows >= ROWS_OF_PROMPT_MIN;
+            match ranges.last_mut() {
+                Some((first, n, same)) if *same == prompt && *first + *n == s.row => *n += s.rows,
+                _ => ranges.push((s.row, s.rows, prompt)),
+            }
+        }
+        ranges
+    }
+
+    /// Attention of rows of prompts, whose weights are worth a product of their own.
+    fn attend_prompts(
+        &mut self,
+        shape: &MlaShape,
+        q: u64,
+        kv_b: RoundedKvB,
+        layer: u64,
+        row_bytes: usize,
+        out: Buffer,
+        (from, rows): (usize, usize),
+    ) -> Result<(), Error> {
+        let op = "mla_attend";
+        let MlaShape { heads, nope, rope, value, latent, softmax_scale } = *shape;
+        let (to, rounded) = (self.buffer(op, out)?.at, self.room_for_rounded(op, out)?);
+        let (padded, width, per_tile) = (nope.next_multiple_of(COLUMNS), latent + rope, ROWS_OF_PROMPT.2);
+        let together = (QUERIES_BYTES_MAX / (heads * width * 2)).clamp(1, rows.max(1));
+        let room =
+            |pool: &mut Pool, room: &mut Room, sizes: &[usize]| Self::grow(pool, room, "attention", sizes);
+        let queries = room(&mut self.pool, &mut self.absorbed, &[together, heads, width, 2])?;
+        let of_nope = room(&mut self.pool, &mut self.of_nope, &[together, heads, padded, 2])?;
+        let means = room(&mut self.pool, &mut self.means, &[together, heads, latent, 2])?;
+        let (step, tokens) = (self.step_argument(), self.device.wide(Product::Bf16));
+        let (most, shared) = (self.device.multiprocessors(), self.gemm_bytes(Product::Bf16, tokens));
+        for first in (from..from + rows).step_by(together) {
+            let n = together.min(from + rows - first);
+            let products = |rows: usize| {
+                let tiles = heads * n.div_ceil(tokens) * rows.div_ceil(GEMM_ROWS);
+                Shape::new([tiles.min(most), 1, 1], GEMM_THREADS).shared(shared)
+            };
+            let arguments = arguments![q, of_nope, queries, first, heads, nope, padded, rope, latent];
+            self.queue.push(Kernel::RoundQueries, Shape::new([n, 1, 1], THREADS), arguments);
+            let arguments = arguments![kv_b.keys, of_nope, queries, n, heads, padded, rope, latent];
+            self.queue.push(Kernel::AbsorbRows, products(latent), arguments);
+            let grid = Shape::new([n.div_ceil(per_tile), heads / HEADS, 1], GEMM_THREADS);
+            let arguments =
+                arguments![queries, step, layer, first, n, heads, row_bytes, softmax_scale, means];
+            self.queue.push(Kernel::AttendRows, grid.shared(attend_rows_bytes(width)), arguments);
+            let arguments = arguments![kv_b.values, means, to, rounded, first, n, heads, value, latent];
+            self.queue.push(Kernel::ValuesRows, products(value), arguments);
+        }
+        Ok(())
+    }
+
+    /// Attention of few rows: each block of the cache by itself, then the blocks in order.
     fn attend_rounded(
         &mut self,
         shape: &MlaShape,
         q: u64,
-        kv_b: u64,
+        kv_b: RoundedKvB,
         layer: u64,
         row_bytes: usize,
         out: Buffer,
+        (from, rows): (usize, usize),
     ) -> Result<(), Error> {
         let op = "mla_attend";
         let MlaShape { heads, nope, rope, value, latent, softmax_scale } = *shape;
-        let (rows, width) = (self.rows(), latent + rope);
+        let (width, padded) = (latent + rope, nope.next_multiple_of(COLUMNS));
         let (to, rounded) = (self.buffer(op, out)?.at, self.room_for_rounded(op, out)?);
-        let longest = self.step.segments.iter().map(|s| s.start + s.rows).max().unwrap_or(1);
+        let of_range = |s: &&Segment| (from..from + rows).contains(&s.row);
+        let longest = self.step.segments.iter().filter(of_range).map(|s| s.start + s.rows).max().unwrap_or(1);
         // Rounded up, so that steps of about the same length are the same graph.
         let blocks = longest.div_ceil(BLOCK_TOKENS).next_power_of_two();
         let per_row = blocks * heads * latent * 4;
@@ -172,25 +250,21 @@ impl CudaBackend {
         let sums = room(&mut self.pool, &mut self.sums, &[together, per_row])?;
         let totals = room(&mut self.pool, &mut self.totals, &[together, blocks, heads, 8])?;
         let step = self.step_argument();
-        for first in (0..rows).step_by(together) {
-            let n = together.min(rows - first);
-            let tokens = if n == 1 { 1 } else { 8 };
-            let shared = 4 * tokens * (nope + 4 * RUN);
-            let append = if n == rows { self.take_append(shape, q, layer, row_bytes) } else { None };
-            let kernel = if n == 1 { Kernel::Absorb1 } else { Kernel::Absorb8 };
+        for first in (from..from + rows).step_by(together) {
+            let n = together.min(from + rows - first);
+            let append = if n == self.rows() { self.take_append(shape, q, layer, row_bytes) } else { None };
             let columns = latent / RUN + usize::from(append.is_some());
-            let grid =
-                Shape::new([columns, heads, n.div_ceil(tokens)], THREADS).shared(shared.max(4 * width));
+            let grid = Shape::new([columns, heads, n.div_ceil(ROWS)], THREADS).shared(4 * width);
             let [kv, weight, eps, frequencies, magnitude] = append.unwrap_or_default();
             let arguments = arguments![
-                kv_b,
+                kv_b.keys,
                 q,
                 queries,
                 first,
                 n,
                 nope,
+                padded,
                 rope,
-                value,
                 latent,
                 step,
                 kv,
@@ -201,7 +275,7 @@ impl CudaBackend {
                 layer,
                 row_bytes
             ];
-            self.queue.push(kernel, grid, arguments);
+            self.queue.push(Kernel::Absorb, grid, arguments);
             let grid = Shape::new([blocks, heads / HEADS, n], THREADS).shared(attend_bytes(width));
             let arguments =
                 arguments![queries, step, layer, first, latent, rope, row_bytes, softmax_scale, sums, totals];
@@ -210,15 +284,14 @@ impl CudaBackend {
             let (kernel, tokens, values) = if few {
                 (Kernel::AttendValues1, 1, VALUES)
             } else {
-                (Kernel::AttendValues8, 8, VALUES_OF_EIGHT)
+                (Kernel::AttendValues8, ROWS, VALUES_OF_EIGHT)
             };
             let grid = Shape::new([value.div_ceil(values), heads, n.div_ceil(tokens)], THREADS);
-            let grid = grid.shared(4 * tokens * latent);
+            let grid = grid.shared(values_bytes(tokens, values, latent));
             let arguments =
-                arguments![kv_b, step, sums, totals, to, rounded, first, n, blocks, nope, value, latent];
+                arguments![kv_b.values, step, sums, totals, to, rounded, first, n, blocks, value, latent];
             self.queue.push(kernel, grid, arguments);
         }
-        self.buffers[out.0 as usize].rounded_rows = rows;
         Ok(())
     }
 }
@@ -257,9 +330,20 @@ fn takes_tensor_cores(shape: &MlaShape, format: CacheFormat) -> bool {
         && shape.heads.is_multiple_of(HEADS)
         && shape.latent.is_multiple_of(RUN)
         && shape.rope.is_multiple_of(16)
-        && shape.nope.is_multiple_of(2)
+        && shape.nope.is_multiple_of(16)
+        && shape.nope <= NOPE_MAX
         && attend_bytes(shape.latent + shape.rope) <= SHARED_BYTES_MAX
-        && 4 * 8 * (shape.nope + 4 * RUN).max(shape.latent) <= SHARED_BYTES_MAX / 2
+        && values_bytes(ROWS, VALUES_OF_EIGHT, shape.latent) <= SHARED_BYTES_MAX / 2
+}
+
+/// Shared memory of `attend_values`: means in F32, in BF16 for eight rows, and sums of runs for eight rows.
+fn values_bytes(rows: usize, values: usize, latent: usize) -> usize {
+    4 * rows * latent + 2 * 8 * (latent + 8) + 4 * 8 * values * (latent / RUN)
+}
+
+/// Shared memory of `attend_rows`: 64 rows of queries and twice as many cached ones in BF16, from where wgmma wants them.
+fn attend_rows_bytes(width: usize) -> usize {
+    3 * BLOCK_TOKENS * width * 2 + GEMM_ALIGN
 }
 
 /// Shared memory of `attend_block`: 64 cached rows and 16 queries in BF16, weights and scores.

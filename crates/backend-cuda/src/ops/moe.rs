@@ -6,7 +6,9 @@ use oxseek_tensor::{
     error::{at_most, expect},
 };
 
-use super::matmul::{STREAM_ROWS, STREAM_TOKENS, STREAM_TOKENS_MAX, THREADS, WARPS, parts_bytes};
+use super::matmul::{
+    GEMM_ROWS, GEMM_THREADS, NARROW, STREAM_ROWS, STREAM_TOKENS, STREAM_TOKENS_MAX, THREADS, WARPS,
+};
 use crate::{
     CudaBackend, Matrix, Product, Room,
     device::Pool,
@@ -25,8 +27,9 @@ const GROUP_EXPERTS_FEW: usize = 256;
 const GATE_ROWS_FEW: usize = 16;
 /// Threads of `gate_logits`.
 const GATE_THREADS: u32 = 128;
-/// Tokens of a tile: few for each expert, or many.
-const TOKENS: [usize; 2] = [STREAM_TOKENS, 32];
+/// Choices of an expert, on average, up to which its weights are streamed, and up to which its tiles are narrow.
+const CHOICES_FEW: usize = STREAM_TOKENS;
+const CHOICES_NARROW: usize = 80;
 /// Bytes of a `Tile` of the kernels.
 pub(crate) const TILE_BYTES: usize = 16;
 
@@ -277,7 +280,11 @@ impl CudaBackend {
     ) -> Result<(), Error> {
         let choices = rows * r.top_k;
         at_most("moe", "choices", i32::MAX as usize, choices)?;
-        r.tile_tokens = if choices > r.experts * TOKENS[0] { TOKENS[1] } else { TOKENS[0] };
+        r.tile_tokens = match choices / r.experts {
+            _ if choices <= r.experts * CHOICES_FEW => STREAM_TOKENS,
+            n if n <= CHOICES_NARROW => NARROW,
+            _ => self.device.wide(product),
+        };
         // An expert's last tile may be short.
         r.tiles_max = choices.min(r.experts + choices / r.tile_tokens);
         let room =
@@ -323,8 +330,12 @@ impl CudaBackend {
         inner: u64,
         shared: Option<(&MlpMatrices, u64)>,
     ) {
-        let alone = TOKENS[usize::from(rows > STREAM_TOKENS_MAX)];
-        let tokens = if r.tiles_max > 0 { r.tile_tokens } else { alone };
+        let tokens = match rows {
+            _ if r.tiles_max > 0 => r.tile_tokens,
+            n if n <= STREAM_TOKENS_MAX => STREAM_TOKENS,
+            n if n <= NARROW => NARROW,
+            _ => self.device.wide(product),
+        };
         let (gate, up, shared_inner, width) =
             shared.map_or((0, 0, 0, 0), |(m, inner)| (m.gate.record, m.up.record, inner, m.gate.rows));
         let shared_tiles = if shared.is_some() { rows.div_ceil(tokens) } else { 0 };
@@ -351,17 +362,18 @@ impl CudaBackend {
             ];
             return self.queue.push(kernel, grid, arguments);
         }
-        let kernel = match product {
-            Product::Bf16 => Kernel::ExpertsInnerBf16x32,
-            Product::Fp8 => Kernel::ExpertsInnerFp8x32,
+        let kernel = match (product, tokens == NARROW) {
+            (Product::Bf16, true) => Kernel::InnerBf16Narrow,
+            (Product::Bf16, false) => Kernel::InnerBf16Wide,
+            (Product::Fp8, true) => Kernel::InnerFp8Narrow,
+            (Product::Fp8, false) => Kernel::InnerFp8Wide,
         };
-        let wide = r.inner_max.max(width).div_ceil(16);
-        let grid = Shape::new([wide, r.tiles_max + shared_tiles, 1], THREADS).shared(parts_bytes(32, tokens));
+        let blocks = |rows: usize| rows.div_ceil(GEMM_ROWS / 2);
+        let tiles = blocks(r.inner_max) * r.tiles_max + blocks(width) * shared_tiles;
         let arguments = arguments![
             r.records,
             r.tiles,
             r.list,
-            r.tiles_max,
             r.top_k,
             x,
             inner,
@@ -369,9 +381,16 @@ impl CudaBackend {
             gate,
             up,
             shared_inner,
-            rows
+            rows,
+            cols
         ];
-        self.queue.push(kernel, grid, arguments);
+        self.queue.push(kernel, self.gemm_shape(product, tokens, tiles), arguments);
+    }
+
+    /// Blocks of a kernel for many tokens that makes so many tiles, at most.
+    fn gemm_shape(&self, product: Product, width: usize, tiles: usize) -> Shape {
+        let blocks = tiles.min(self.device.multiprocessors());
+        Shape::new([blocks, 1, 1], GEMM_THREADS).shared(self.gemm_bytes(product, width))
     }
 
     /// Outputs in F32 of each choice, and behind them of a shared MLP for all rows.
@@ -409,25 +428,27 @@ impl CudaBackend {
             ];
             self.queue.push(kernel, grid, arguments);
         } else {
-            let kernel = match product {
-                Product::Bf16 => Kernel::ExpertsOuterBf16x32,
-                Product::Fp8 => Kernel::ExpertsOuterFp8x32,
+            let kernel = match (product, r.tile_tokens == NARROW) {
+                (Product::Bf16, true) => Kernel::OuterBf16Narrow,
+                (Product::Bf16, false) => Kernel::OuterBf16Wide,
+                (Product::Fp8, true) => Kernel::OuterFp8Narrow,
+                (Product::Fp8, false) => Kernel::OuterFp8Wide,
             };
-            let grid = Shape::new([width.div_ceil(16), tiles, 1], THREADS);
             let arguments = arguments![
                 r.records,
                 r.tiles,
                 r.list,
-                r.tiles_max,
                 inner,
                 r.inner_max,
                 down,
                 shared_inner,
                 outer,
                 choices,
-                rows
+                rows,
+                width
             ];
-            self.queue.push(kernel, grid.shared(parts_bytes(16, r.tile_tokens)), arguments);
+            let shape = self.gemm_shape(product, r.tile_tokens, width.div_ceil(GEMM_ROWS) * tiles);
+            self.queue.push(kernel, shape, arguments);
         }
     }
 }
