@@ -145,7 +145,7 @@ fn sequences(b: &mut dyn Backend, at_once: bool) -> Vec<f32> {
     let rope = b.load_rope(&vec![0.3; mla.rope / 2], 1.0).unwrap();
     let lengths = [(0, 5), (90, 1), (0, 7), (0, 70), (90, 1)];
     let cache = b.alloc_cache(cache_of(mla, 64 * 10)).unwrap();
-    let (kv, q) = (b.alloc(90, width).unwrap(), b.alloc(84, q_width).unwrap());
+    let (kv, q) = (b.alloc(91, width).unwrap(), b.alloc(84, q_width).unwrap());
     let y = b.alloc(84, mla.heads * mla.value).unwrap();
     let (mut whole, mut inputs) = (StepInput::default(), Vec::new());
     for (i, (start, rows)) in lengths.into_iter().enumerate() {
