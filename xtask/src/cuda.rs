@@ -1,26 +1,42 @@
 //! `cargo xtask cuda`: builds the kernels of `backend-cuda` and notes what they were built from.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 const FOLDER: &str = "crates/backend-cuda/kernels";
-/// The file that includes the others, and machine code for whom: Ampere and Ada, Hopper, and PTX that the driver
-/// compiles once for what comes later.
+/// The file that includes the others, and machine code for whom: Ampere, Ada, Hopper, Blackwell (servers, then cards),
+/// and PTX that the driver compiles once for what comes later.
 const MAIN: &str = "all.cu";
-const TARGETS: [&str; 3] =
-    ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80"];
+const TARGETS: [&str; 6] = [
+    "arch=compute_80,code=sm_80",
+    "arch=compute_89,code=sm_89",
+    "arch=compute_90a,code=sm_90a",
+    "arch=compute_100,code=sm_100",
+    "arch=compute_120,code=sm_120",
+    "arch=compute_80,code=compute_80",
+];
+/// Instructions of the tensor cores, those of Hopper's warpgroups first.
+const MATRIX: [&str; 3] = ["QGMMA", "HGMMA", "HMMA"];
 
 /// Runs nvcc (the one of the environment variable NVCC, else of PATH) and writes the fatbin, the hash of its sources
-/// and what ptxas says of each kernel, which a test of `backend-cuda` reads.
+/// and what ptxas and cuobjdump (beside nvcc) say of each kernel, which a test of `backend-cuda` reads.
 pub fn build(root: &Path) -> Result<(), String> {
     let folder = root.join(FOLDER);
-    let nvcc = std::env::var_os("NVCC").unwrap_or_else(|| "nvcc".into());
+    let nvcc = PathBuf::from(std::env::var_os("NVCC").unwrap_or_else(|| "nvcc".into()));
     let targets = TARGETS.map(|t| format!("-gencode={t}"));
-    let output = Command::new(nvcc)
+    let output = Command::new(&nvcc)
         .args([
             "-std=c++17",
             "-O3",
             "-fatbin",
             "-compress-mode=size",
+            "--threads=0",
+            // Each kernel has shared memory of its own type.
+            "-diag-suppress=1556",
             "-Xptxas=-v",
             "-o",
             "kernels.fatbin",
@@ -34,14 +50,36 @@ pub fn build(root: &Path) -> Result<(), String> {
     if !output.status.success() {
         return Err(format!("nvcc failed\n{said}"));
     }
-    fs::write(folder.join("resources.txt"), resources(&said)).map_err(|e| format!("resources.txt: {e}"))?;
+    let code =
+        Command::new(nvcc.with_file_name("cuobjdump")).args(["-sass", "kernels.fatbin"]).current_dir(&folder);
+    let code =
+        code.output().map_err(|e| format!("cannot run cuobjdump: {e}; CUDA has it, as a wheel too"))?;
+    let used = matrix_instructions(&String::from_utf8_lossy(&code.stdout));
+    fs::write(folder.join("resources.txt"), resources(&said, &used))
+        .map_err(|e| format!("resources.txt: {e}"))?;
     let hash = format!("{:016x}\n", hash(&sources(&folder)?));
     fs::write(folder.join("kernels.hash"), hash).map_err(|e| format!("kernels.hash: {e}"))
 }
 
+/// Which of [`MATRIX`] each kernel (by name and target) uses, the first of them; from the machine code in words.
+fn matrix_instructions(code: &str) -> HashMap<(String, String), usize> {
+    let (mut target, mut kernel, mut used) = (String::new(), String::new(), HashMap::new());
+    for line in code.lines().map(str::trim) {
+        if let Some(name) = line.strip_prefix("arch = ") {
+            target = name.into();
+        } else if let Some(name) = line.strip_prefix("Function : ") {
+            kernel = name.into();
+        } else if let Some(found) = MATRIX.iter().position(|i| line.contains(i)) {
+            let first = used.entry((kernel.clone(), target.clone())).or_insert(found);
+            *first = found.min(*first);
+        }
+    }
+    used
+}
+
 /// A line per kernel and target of what ptxas says: kernel, target, registers, bytes spilled (stores and loads, its own
-/// functions included).
-fn resources(said: &str) -> String {
+/// functions included), and which instruction of the tensor cores it uses.
+fn resources(said: &str, used_of: &HashMap<(String, String), usize>) -> String {
     let (mut lines, mut kernel, mut spilled) = (Vec::new(), None, 0);
     let number = |words: &[&str], before: &str| {
         let at = words.windows(2).position(|w| w.join(" ") == before);
@@ -57,7 +95,8 @@ fn resources(said: &str) -> String {
             spilled += number(&words, "spill stores") + number(&words, "spill loads");
         } else if let (Some((name, target)), Some(used)) = (kernel, words.iter().position(|w| *w == "Used")) {
             let registers = words.get(used + 1).copied().unwrap_or_default();
-            lines.push(format!("{name} {target} {registers} {spilled}\n"));
+            let matrix = used_of.get(&(name.into(), target.into())).map_or("-", |i| MATRIX[*i]);
+            lines.push(format!("{name} {target} {registers} {spilled} {matrix}\n"));
             kernel = None;
         }
     }
@@ -87,7 +126,9 @@ fn hash(bytes: &[u8]) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{hash, resources};
+    use std::collections::HashMap;
+
+    use super::{hash, matrix_instructions, resources};
 
     #[test]
     fn registers_and_spills_are_read() {
@@ -98,7 +139,15 @@ mod tests {
                     ptxas info    : Compiling entry function 'a' for 'sm_90a'\n\
                     \x20   0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n\
                     ptxas info    : Used 30 registers\n";
-        assert_eq!(resources(said), "a sm_90a 30 0\nb sm_80 128 16\n");
+        let used = HashMap::from([(("a".into(), "sm_90a".into()), 1)]);
+        assert_eq!(resources(said, &used), "a sm_90a 30 0 HGMMA\nb sm_80 128 16 -\n");
+    }
+
+    #[test]
+    fn the_best_matrix_instruction_counts() {
+        let code = "arch = sm_90a\n\t\tFunction : a\n /*00*/ HMMA.16816 R0;\n /*10*/ HGMMA.64x64x16 R4;\n Function : b\n";
+        let used = HashMap::from([(("a".to_owned(), "sm_90a".to_owned()), 1)]);
+        assert_eq!(matrix_instructions(code), used);
     }
 
     #[test]

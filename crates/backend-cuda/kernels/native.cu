@@ -235,6 +235,6 @@ extern "C" __global__ void __launch_bounds__(128) gate_and_route(const Matrix* g
   }
   __syncthreads();
   if (!last || threadIdx.x >= 32) return;
-  route_row(room, t, logits, bias, r, ids, weights, order, list, tiles);
   if (threadIdx.x == 0) arrived[t] = 0;
+  route_row(room, t, logits, bias, r, ids, weights, order, list, tiles);
 }

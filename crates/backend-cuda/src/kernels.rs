@@ -78,6 +78,10 @@ kernels! {
 mod tests {
     use super::*;
 
+    /// Those of `xtask/src/cuda.rs` that are machine code.
+    const TARGETS: &[&str] = &["sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"];
+    const FATBIN_BYTES_MAX: usize = 1_500_000;
+
     const SOURCES: &[&[u8]] = &[
         include_bytes!("../kernels/all.cu"),
         include_bytes!("../kernels/attention.cu"),
@@ -108,14 +112,62 @@ mod tests {
     #[test]
     fn every_kernel_was_built_for_each_target_and_none_spills() {
         let said = include_str!("../kernels/resources.txt");
-        for target in ["sm_80", "sm_90a"] {
+        for target in TARGETS {
             for name in Kernel::NAMES {
                 let of_kernel = format!("{name} {target} ");
                 let line = said.lines().find(|l| l.starts_with(&of_kernel));
-                assert!(line.is_some_and(|l| l.ends_with(" 0")), "{of_kernel}: {line:?}");
+                let spilled = line.and_then(|l| l.split(' ').nth(3));
+                assert_eq!(spilled, Some("0"), "{of_kernel}: {line:?}");
             }
         }
-        assert_eq!(said.lines().count(), 2 * Kernel::NAMES.len(), "kernels that nobody launches");
+        assert_eq!(said.lines().count(), TARGETS.len() * Kernel::NAMES.len(), "kernels that nobody launches");
+    }
+
+    /// Hopper's tensor cores give their speed only to warpgroups.
+    #[test]
+    fn products_of_many_tokens_use_the_best_instruction() {
+        let said = include_str!("../kernels/resources.txt");
+        let matrix = |name: &str, target: &str| {
+            let of_kernel = format!("{name} {target} ");
+            said.lines()
+                .find(|l| l.starts_with(&of_kernel))
+                .and_then(|l| l.split(' ').nth(4))
+                .unwrap_or_default()
+        };
+        let wide =
+            |name: &&&str| name.ends_with("_narrow") || name.ends_with("_wide") || name.ends_with("_rows");
+        for name in Kernel::NAMES.iter().filter(wide).filter(|n| !["gather_rows", "round_rows"].contains(n)) {
+            assert_eq!(matrix(name, "sm_90a"), "HGMMA", "{name}");
+            // `attend_rows` is for Hopper only.
+            let elsewhere = if *name == "attend_rows" { "-" } else { "HMMA" };
+            for target in TARGETS.iter().filter(|t| **t != "sm_90a") {
+                assert_eq!(matrix(name, target), elsewhere, "{name} {target}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_fatbin_has_code_for_each_target_and_ptx() {
+        let number = |at: usize, bytes: usize| {
+            FATBIN[at..at + bytes].iter().rev().fold(0, |n, b| n << 8 | usize::from(*b))
+        };
+        // A header, then pieces, each with its kind, the length of its own header, of what it holds, and for whom.
+        let (mut at, mut found) = (number(6, 2), Vec::new());
+        while at < FATBIN.len() {
+            let code = match number(at, 2) {
+                1 => "compute",
+                _ => "sm",
+            };
+            // A target of its own generation alone ends with a letter, which stands in a flag.
+            let own = if number(at + 40, 8) & 0x10_0000 == 0 { "" } else { "a" };
+            found.push(format!("{code}_{}{own}", number(at + 28, 4)));
+            at += number(at + 4, 4) + number(at + 8, 8);
+        }
+        found.sort();
+        let mut expected = [&["compute_80"], TARGETS].concat();
+        expected.sort_unstable();
+        assert_eq!(found, expected);
+        assert!(FATBIN.len() < FATBIN_BYTES_MAX, "{} bytes", FATBIN.len());
     }
 
     #[test]

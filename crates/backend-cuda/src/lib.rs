@@ -42,6 +42,9 @@ const COLUMNS: usize = 64;
 const RANDOM_VECTOR: f32 = 0.1;
 /// Bytes that are copied to measure the memory's bandwidth.
 const COPY_BYTES: usize = 512 << 20;
+/// Values that are worth a thread that copies them, and most such threads.
+const COPY_VALUES_OF_THREAD: usize = 1 << 20;
+const COPY_THREADS_MAX: usize = 6;
 /// Bytes of a `Matrix` of the kernels.
 const MATRIX_BYTES: usize = 32;
 
@@ -879,8 +882,24 @@ impl CudaBackend {
         self.device.enter()?;
         self.queue.wait()?;
         if let Some(pinned) = self.queue.downloaded() {
-            out.copy_from_slice(pinned.values(n));
+            copy_values(pinned.values(n), out);
         }
         Ok(())
     }
+}
+
+/// Copies values; many by several threads, for one copies slower than the device sends.
+fn copy_values(from: &[f32], to: &mut [f32]) {
+    let threads = (from.len() / COPY_VALUES_OF_THREAD).clamp(1, COPY_THREADS_MAX);
+    let share = from.len().div_ceil(threads).max(1);
+    std::thread::scope(|scope| {
+        let mut shares = from.chunks(share).zip(to.chunks_mut(share));
+        let own = shares.next();
+        for (from, to) in shares {
+            scope.spawn(|| to.copy_from_slice(from));
+        }
+        if let Some((from, to)) = own {
+            to.copy_from_slice(from);
+        }
+    });
 }

@@ -1,7 +1,7 @@
 //! `mla_append`, `mla_attend`.
 //!
-//! Both forms of attention are one function up to rounding, so every row takes the absorbed one, and rows of prompts get
-//! the bits of single rows: a row does not depend on how its prompt was cut.
+//! Both forms of attention are one function up to rounding, so every row takes the absorbed one, and rows of prompts
+//! get the bits of single rows: a row does not depend on how its prompt was cut.
 
 use oxseek_tensor::{
     CacheFormat, Error,
@@ -34,8 +34,8 @@ const ROWS: usize = 8;
 const VALUES_OF_EIGHT: usize = 128;
 /// Most columns of a head's queries that `absorb` multiplies.
 const NOPE_MAX: usize = RUN;
-/// What `attend_rows` is made for: columns of the latent and the rope part, rows of the step together; and how many rows
-/// of a sequence are worth it.
+/// What `attend_rows` is made for: columns of the latent and the rope part, rows of the step together; and how many
+/// rows of a sequence are worth it.
 const ROWS_OF_PROMPT: (usize, usize, usize) = (512, 64, 4);
 const ROWS_OF_PROMPT_MIN: usize = 4;
 /// From so many rows on, `attend_values` has blocks enough to give each eight rows, which share the weights.
@@ -341,7 +341,8 @@ fn values_bytes(rows: usize, values: usize, latent: usize) -> usize {
     4 * rows * latent + 2 * 8 * (latent + 8) + 4 * 8 * values * (latent / RUN)
 }
 
-/// Shared memory of `attend_rows`: 64 rows of queries and twice as many cached ones in BF16, from where wgmma wants them.
+/// Shared memory of `attend_rows`: 64 rows of queries and twice as many cached ones in BF16, from where wgmma wants
+/// them.
 fn attend_rows_bytes(width: usize) -> usize {
     3 * BLOCK_TOKENS * width * 2 + GEMM_ALIGN
 }

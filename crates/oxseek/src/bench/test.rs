@@ -1,6 +1,9 @@
 //! What is measured: prompts and single tokens, after contexts of some depth.
 
-use std::time::{Duration, Instant};
+use std::{
+    cell::RefCell,
+    time::{Duration, Instant},
+};
 
 use oxseek_backend_cpu::Limits;
 use oxseek_model::{Batch, DeepSeek, LanguageModel, LogitRows, kv::blocks_for};
@@ -177,6 +180,7 @@ pub struct Context {
     filled: usize,
     /// Most rows of a step of a prompt.
     step_rows: usize,
+    logits: RefCell<Vec<f32>>,
 }
 
 impl Context {
@@ -189,6 +193,7 @@ impl Context {
             vocab: model.limits().vocab,
             filled: 0,
             step_rows,
+            logits: RefCell::default(),
         }
     }
 
@@ -249,9 +254,13 @@ impl Context {
         Ok(())
     }
 
+    /// The logits have room of their own, as in the engine: new memory for each step would be measured too.
     fn forward(&self, model: &mut DeepSeek, batch: &Batch) -> Result<(), Failure> {
-        let mut logits = vec![0.0; batch.logit_rows() * self.vocab];
-        model.forward(batch, &mut logits).map_err(|e| Failure::Run(e.to_string()))
+        let (mut logits, wanted) = (self.logits.borrow_mut(), batch.logit_rows() * self.vocab);
+        if logits.len() < wanted {
+            logits.resize(wanted, 0.0);
+        }
+        model.forward(batch, &mut logits[..wanted]).map_err(|e| Failure::Run(e.to_string()))
     }
 }
 
