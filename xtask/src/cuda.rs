@@ -50,10 +50,11 @@ pub fn build(root: &Path) -> Result<(), String> {
     if !output.status.success() {
         return Err(format!("nvcc failed\n{said}"));
     }
-    let code =
-        Command::new(nvcc.with_file_name("cuobjdump")).args(["-sass", "kernels.fatbin"]).current_dir(&folder);
-    let code =
-        code.output().map_err(|e| format!("cannot run cuobjdump: {e}; CUDA has it, as a wheel too"))?;
+    let code = Command::new(nvcc.with_file_name("cuobjdump"))
+        .args(["-sass", "kernels.fatbin"])
+        .current_dir(&folder)
+        .output()
+        .map_err(|e| format!("cannot run cuobjdump: {e}; CUDA has it, as a wheel too"))?;
     let used = matrix_instructions(&String::from_utf8_lossy(&code.stdout));
     fs::write(folder.join("resources.txt"), resources(&said, &used))
         .map_err(|e| format!("resources.txt: {e}"))?;

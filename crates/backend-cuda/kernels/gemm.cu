@@ -100,60 +100,88 @@ __device__ __forceinline__ const uint8_t* weight_row(const Source& source, int b
   return (h ? source.data[1] : source.data[0]) + (size_t)min(row, source.rows - 1) * source.row_bytes;
 }
 
-// Brings all stages of all tiles of this block.
-template <int FORMAT, int NT, class Work>
-__device__ __forceinline__ void bring_tiles(const Work& work, uint32_t ring, uint64_t* full, uint64_t* empty) {
+// What the 128 threads of a warpgroup bring: a stage's weights and x, and the stages that are under way.
+template <int FORMAT, int NT>
+struct Bringer {
   using S = Stage<FORMAT, NT>;
   using P = Pieces<FORMAT>;
-  int thread = threadIdx.x, piece = thread % P::OF_ROW, own = thread / P::OF_ROW, place = P::place(piece);
-  uint32_t to_x = S::WEIGHTS + own * 128 + (((place >> 4) ^ (own & 7)) << 4) + (place & 8);
+  uint32_t ring, to_x;
+  uint64_t *full, *empty;
+  int thread, piece, own, under_way = 0;
   Slot slot, late;
-  int under_way = 0;
-  auto hand_over = [&] {
+  const uint8_t* x;
+  // In pieces from the first token of this thread.
+  int xs[NT / P::ROWS];
+
+  __device__ __forceinline__ Bringer(uint32_t ring, uint64_t* full, uint64_t* empty)
+      : ring(ring), full(full), empty(empty), thread(threadIdx.x), piece(thread % P::OF_ROW), own(thread / P::OF_ROW) {
+    int place = P::place(piece);
+    to_x = S::WEIGHTS + own * 128 + (((place >> 4) ^ (own & 7)) << 4) + (place & 8);
+  }
+  template <class Out>
+  __device__ __forceinline__ void open(const Tokens<Out>& tokens) {
+    x = (const uint8_t*)tokens.row(own);
+#pragma unroll
+    for (int j = 0; j < NT / P::ROWS; j++) xs[j] = (int)(((const uint8_t*)tokens.row(j * P::ROWS + own) - x) / P::BYTES);
+  }
+  template <class Work>
+  __device__ __forceinline__ void weights(const Source& source, int block, int k, int slot_at) {
+    uint32_t stage = ring + slot_at * S::BYTES;
+    if constexpr (FORMAT == BF16) {
+#pragma unroll
+      for (int r = 0; r < GEMM_ROWS; r += P::ROWS)
+        copy_async<16>(stage + to_x - S::WEIGHTS + r * 128, weight_row<Work>(source, block, r + own) + k * 2 + piece * 16);
+    } else {
+#pragma unroll
+      for (int r = thread >> 2; r < GEMM_ROWS; r += 32)
+        copy_async<16>(stage + r * 64 + (thread & 3) * 16, weight_row<Work>(source, block, r) + k + (thread & 3) * 16);
+    }
+  }
+  // x of the stage whose weights were asked for; what is far enough behind is handed over.
+  __device__ __forceinline__ void rest(int k) {
+    uint32_t stage = ring + slot.at * S::BYTES;
+#pragma unroll
+    for (int j = 0; j < NT / P::ROWS; j++) copy_async<P::BYTES>(stage + to_x + j * P::ROWS * 128, x + ((int64_t)xs[j] * P::BYTES + piece * P::BYTES + k * 2));
+    commit();
+    slot.step();
+    if (++under_way > GEMM_LAG) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(GEMM_LAG) : "memory");
+      hand_over();
+    }
+  }
+  __device__ __forceinline__ void hand_over() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
     barrier_arrive(&full[late.at]);
     late.step();
     under_way--;
-  };
+  }
+  __device__ __forceinline__ void close() {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    while (under_way) hand_over();
+  }
+};
+
+// Brings all stages of all tiles of this block.
+template <int FORMAT, int NT, class Work>
+__device__ __forceinline__ void bring_tiles(const Work& work, uint32_t ring, uint64_t* full, uint64_t* empty) {
+  Bringer<FORMAT, NT> bringer(ring, full, empty);
   int jobs = gemm_jobs(work);
 #pragma unroll 1
   for (int i = blockIdx.x; i < jobs; i += gridDim.x) {
     int group, block;
     gemm_job(work, i, group, block);
     Source source = work.source(group);
-    auto tokens = work.tokens(group);
-    const uint8_t* x = (const uint8_t*)tokens.row(own);
-    // In pieces from the first token of this thread.
-    int xs[NT / P::ROWS];
-#pragma unroll
-    for (int j = 0; j < NT / P::ROWS; j++) xs[j] = (int)(((const uint8_t*)tokens.row(j * P::ROWS + own) - x) / P::BYTES);
+    bringer.open(work.tokens(group));
 #pragma unroll 1
     for (int k = 0; k < source.cols; k += GEMM_COLUMNS) {
-      barrier_wait(&empty[slot.at], slot.parity ^ 1);
-      uint32_t stage = ring + slot.at * S::BYTES;
-      if constexpr (FORMAT == BF16) {
-#pragma unroll
-        for (int r = 0; r < GEMM_ROWS; r += P::ROWS)
-          copy_async<16>(stage + to_x - S::WEIGHTS + r * 128, weight_row<Work>(source, block, r + own) + k * 2 + piece * 16);
-      } else {
-#pragma unroll
-        for (int r = thread >> 2; r < GEMM_ROWS; r += 32)
-          copy_async<16>(stage + r * 64 + (thread & 3) * 16, weight_row<Work>(source, block, r) + k + (thread & 3) * 16);
-      }
-#pragma unroll
-      for (int j = 0; j < NT / P::ROWS; j++) copy_async<P::BYTES>(stage + to_x + j * P::ROWS * 128, x + ((int64_t)xs[j] * P::BYTES + piece * P::BYTES + k * 2));
-      commit();
-      slot.step();
-      if (++under_way > GEMM_LAG) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(GEMM_LAG) : "memory");
-        hand_over();
-      }
+      barrier_wait(&empty[bringer.slot.at], bringer.slot.parity ^ 1);
+      bringer.template weights<Work>(source, block, k, bringer.slot.at);
+      bringer.rest(k);
     }
   }
-  asm volatile("cp.async.wait_group 0;" ::: "memory");
-  while (under_way) hand_over();
+  bringer.close();
 }
 
 // This lane's part of FP8 weights as a product of 16 columns wants it: rows g and g + 8 of this warp's 16. Lane t has
@@ -278,9 +306,17 @@ __device__ __forceinline__ void multiplied() {
 #endif
 }
 
-// One pass over the columns of a tile: `totals` of the eight parts in order.
-template <int FORMAT, int NT>
-__device__ __forceinline__ void multiply_tile(const Source& source, int row, uint8_t* ring, uint64_t* full, uint64_t* empty, Slot& slot, float (&totals)[NT / 8][4]) {
+// The columns of a part: from run to run.
+__device__ __forceinline__ void part_of(int cols, int part, int& from, int& to) {
+  int runs = (cols + RUN - 1) / RUN;
+  from = runs * part / WARPS;
+  to = runs * (part + 1) / WARPS;
+}
+
+// Parts `first` to `last` of a tile's columns, one after the other: `take(part, sums)` gets each that is not empty.
+template <int FORMAT, int NT, class Take>
+__device__ __forceinline__ void multiply_parts(const Source& source, int row, int first, int last, uint8_t* ring, uint64_t* full, uint64_t* empty, Slot& slot,
+                                               const Take& take) {
   using S = Stage<FORMAT, NT>;
   int lane = threadIdx.x & 31, stages = source.cols / GEMM_COLUMNS, runs = (source.cols + RUN - 1) / RUN;
   const float* scales[2] = {};
@@ -301,10 +337,10 @@ __device__ __forceinline__ void multiply_tile(const Source& source, int row, uin
     slot.step();
   };
   float sums[NT / 8][4];
-  fill(totals);
 #pragma unroll 1
-  for (int part = 0; part < WARPS; part++) {
-    int from = runs * part / WARPS, to = runs * (part + 1) / WARPS;
+  for (int part = first; part < last; part++) {
+    int from, to;
+    part_of(source.cols, part, from, to);
     if (from == to) continue;
     if constexpr (FORMAT == BF16) {
       int n = min(2 * to, stages) - 2 * from;
@@ -317,10 +353,7 @@ __device__ __forceinline__ void multiply_tile(const Source& source, int row, uin
       }
       multiplied<0>();
       give_back();
-#pragma unroll
-      for (int j = 0; j < NT / 8; j++)
-#pragma unroll
-        for (int c = 0; c < 4; c++) totals[j][c] += sums[j][c];
+      take(part, sums);
     } else {
       float of_part[NT / 8][4];
       fill(of_part);
@@ -340,10 +373,7 @@ __device__ __forceinline__ void multiply_tile(const Source& source, int row, uin
 #pragma unroll
           for (int c = 0; c < 4; c++) of_part[j][c] = fmaf(sums[j][c], scale[c >> 1], of_part[j][c]);
       }
-#pragma unroll
-      for (int j = 0; j < NT / 8; j++)
-#pragma unroll
-        for (int c = 0; c < 4; c++) totals[j][c] += of_part[j][c];
+      take(part, of_part);
     }
   }
 }
@@ -358,7 +388,13 @@ __device__ __forceinline__ void multiply_tiles(const Work& work, uint8_t* ring, 
     gemm_job(work, i, group, block);
     Source source = work.source(group);
     float totals[NT / 8][4];
-    multiply_tile<FORMAT, NT>(source, block * 8 * Work::STEP, ring, full, empty, slot, totals);
+    fill(totals);
+    multiply_parts<FORMAT, NT>(source, block * 8 * Work::STEP, 0, WARPS, ring, full, empty, slot, [&](int, const float(&sums)[NT / 8][4]) {
+#pragma unroll
+      for (int j = 0; j < NT / 8; j++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) totals[j][c] += sums[j][c];
+    });
     int row = block * 8 * Work::STEP + warp * Work::STEP + g;
     auto tokens = work.tokens(group);
 #pragma unroll
@@ -400,6 +436,97 @@ __device__ __forceinline__ void gemm(const Work& work) {
     multiply_tiles<FORMAT, NT>(work, ring, full, empty);
   }
 }
+
+// A product of up to 64 rows by few tiles: the blocks of a cluster divide the parts of a tile's columns, each keeps its
+// own, and all add them up in order, some tokens each. Only on Hopper and later.
+constexpr int PART_STRIDE = GEMM_ROWS + 4;
+template <int FORMAT>
+__device__ __forceinline__ void split_gemm(const Products& work) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int NT = NARROW;
+  extern __shared__ __align__(128) uint8_t bytes[];
+  __shared__ uint64_t full[GEMM_STAGES], empty[GEMM_STAGES];
+  uint8_t* ring = bytes + (-shared_address(bytes) & 1023);
+  float* parts = (float*)(ring + GEMM_STAGES * Stage<FORMAT, NT>::BYTES);
+  int rank, ranks, group, block;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(ranks));
+  int first = WARPS * rank / ranks, last = WARPS * (rank + 1) / ranks, of_rank = WARPS / ranks;
+  if (threadIdx.x < GEMM_STAGES) {
+    barrier_init(&full[threadIdx.x], 128);
+    barrier_init(&empty[threadIdx.x], 8);
+  }
+  gemm_job(work, blockIdx.x / ranks, group, block);
+  Source source = work.source(group);
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    int from, to, other;
+    part_of(source.cols, first, from, other);
+    part_of(source.cols, last - 1, other, to);
+    from *= RUN;
+    to = min(to * RUN, source.cols);
+    Bringer<FORMAT, NT> bringer(shared_address(ring), full, empty);
+    // The first weights while the kernels in front still run.
+    int early = from + GEMM_STAGES * GEMM_COLUMNS;
+#pragma unroll 1
+    for (int k = from; k < min(early, to); k += GEMM_COLUMNS) bringer.template weights<Products>(source, block, k, (k - from) / GEMM_COLUMNS);
+    begin();
+    bringer.open(work.tokens(group));
+#pragma unroll 1
+    for (int k = from; k < to; k += GEMM_COLUMNS) {
+      if (k >= early) {
+        barrier_wait(&empty[bringer.slot.at], bringer.slot.parity ^ 1);
+        bringer.template weights<Products>(source, block, k, bringer.slot.at);
+      }
+      bringer.rest(k);
+    }
+    bringer.close();
+  } else {
+    begin();
+    int warp = (threadIdx.x >> 5) - 4, g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+    Slot slot;
+    multiply_parts<FORMAT, NT>(source, block * GEMM_ROWS, first, last, ring, full, empty, slot, [&](int part, const float(&sums)[NT / 8][4]) {
+      float* own = parts + (part - first) * NT * PART_STRIDE + warp * 16 + g;
+#pragma unroll
+      for (int j = 0; j < NT / 8; j++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) own[(j * 8 + t * 2 + (c & 1)) * PART_STRIDE + (c >> 1) * 8] = sums[j][c];
+    });
+  }
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  auto tokens = work.tokens(group);
+  int own_tokens = NT / ranks;
+  for (int i = threadIdx.x; i < own_tokens * GEMM_ROWS; i += GEMM_THREADS) {
+    int token = rank * own_tokens + i / GEMM_ROWS, row = i % GEMM_ROWS;
+    float* out = tokens.out_row(token);
+    if (!out || block * GEMM_ROWS + row >= source.rows) continue;
+    float sum = 0;
+#pragma unroll
+    for (int part = 0; part < WARPS; part++) {
+      int from, to;
+      part_of(source.cols, part, from, to);
+      if (from == to) continue;
+      uint32_t at = shared_address(parts + ((part % of_rank) * NT + token) * PART_STRIDE + row);
+      float v;
+      asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.f32 %0, [a];}" : "=f"(v) : "r"(at), "r"(part / of_rank));
+      sum += v;
+    }
+    work.put(out + block * GEMM_ROWS + row, sum);
+  }
+  // Nobody leaves while others read its parts.
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  begin();
+  __trap();
+#endif
+}
+#define SPLIT_GEMM(suffix, FORMAT)                                                                                     \
+  extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1) product_##suffix(const Matrix* first, const Matrix* second, const __nv_bfloat16* x, float* out, \
+                                                                                 float* out_second, int count, int add) { \
+    split_gemm<FORMAT>(Products(first, second, x, out, out_second, count, add, NARROW, 8));                            \
+  }
+SPLIT_GEMM(bf16_split, BF16)
+SPLIT_GEMM(fp8_split, F8E4M3)
 
 #define GEMM(suffix, FORMAT, NT)                                                                                       \
   extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1) product_##suffix(const Matrix* first, const Matrix* second, const __nv_bfloat16* x, float* out, \

@@ -222,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(128) gate_logits(const Matrix* gate
 
 // `gate_logits` and then `route`: the last block of a row chooses. `arrived` counts a row's blocks; it is zero before and
 // after.
-extern "C" __global__ void __launch_bounds__(128) gate_and_route(const Matrix* gate, const float* x, float* logits, unsigned* arrived, const float* bias,
+extern "C" __global__ void __launch_bounds__(128, 8) gate_and_route(const Matrix* gate, const float* x, float* logits, unsigned* arrived, const float* bias,
                                                                  Router r, int* ids, float* weights, int* order, int* list, Tile* tiles) {
   extern __shared__ __align__(16) float room[];
   __shared__ bool last;

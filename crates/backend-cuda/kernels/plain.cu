@@ -296,7 +296,7 @@ extern "C" __global__ void moe_sum(const Matrix* experts, const int* ids, const 
 }
 
 // The best of `n` scores that is not taken: higher first, then the smaller index; NaN counts as the lowest.
-__device__ __noinline__ int warp_best(const float* scores, const uint8_t* taken, int n) {
+__device__ __forceinline__ int warp_best(const float* scores, const uint8_t* taken, int n) {
   float best = -INFINITY;
   int at = INT_MAX;
   for (int i = threadIdx.x & 31; i < n; i += 32)
@@ -325,7 +325,7 @@ constexpr int CHOICES_MAX = 32;
 
 // Scores, groups, choices of row t by one warp. Shared memory: two floats and a byte per expert, a float and a byte per
 // group. A single row is its own sorting by expert: `list` and `tiles`, if they are given, are those of `moe_group`.
-__device__ __noinline__ void route_row(float* room, int t, const float* logits, const float* bias, const Router& r, int* ids, float* weights, int* order, int* list,
+__device__ __forceinline__ void route_row(float* room, int t, const float* logits, const float* bias, const Router& r, int* ids, float* weights, int* order, int* list,
                           Tile* tiles) {
   __shared__ int near[CHOICES_MAX];
   float *scores = room, *choice = room + r.experts, *ranks = choice + r.experts;

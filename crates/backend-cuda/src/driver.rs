@@ -11,6 +11,8 @@ use std::{
 use libloading::Library;
 use oxseek_tensor::Error;
 
+use crate::queue::Shape;
+
 /// The oldest driver whose CUDA runs the embedded kernels (they are built by nvcc 13.0).
 const VERSION_MIN: c_int = 13_000;
 const OUT_OF_MEMORY: c_int = 2;
@@ -48,7 +50,10 @@ struct LaunchAttribute {
 }
 
 /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: the kernel may begin before those in front of it end.
-static OVERLAP: LaunchAttribute = LaunchAttribute { id: 6, padding: 0, value: [1, 0, 0, 0, 0, 0, 0, 0] };
+const OVERLAP: LaunchAttribute = LaunchAttribute { id: 6, padding: 0, value: [1, 0, 0, 0, 0, 0, 0, 0] };
+
+/// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`
+const CLUSTER: c_uint = 4;
 
 /// A loaded kernel.
 #[derive(Clone, Copy)]
@@ -407,16 +412,25 @@ impl Driver {
     pub(crate) unsafe fn launch(
         &self,
         function: Function,
-        grid: [u32; 3],
-        block: u32,
-        shared: u32,
+        shape: &Shape,
         overlap: bool,
         arguments: &mut [*mut c_void],
         stream: &Stream,
     ) -> Result<(), Error> {
-        let (block, count) = ([block, 1, 1], u32::from(overlap));
-        let config =
-            LaunchConfig { grid, block, shared, stream: stream.0, attributes: &raw const OVERLAP, count };
+        let &Shape { grid, block, shared, cluster } = shape;
+        // Three numbers of four bytes: blocks in each direction.
+        let value = [u64::from(cluster) | 1 << 32, 1, 0, 0, 0, 0, 0, 0];
+        let of_cluster = LaunchAttribute { id: CLUSTER, padding: 0, value };
+        let wanted = [overlap.then_some(OVERLAP), (cluster > 1).then_some(of_cluster)];
+        let attributes: Vec<_> = wanted.into_iter().flatten().collect();
+        let config = LaunchConfig {
+            grid,
+            block: [block, 1, 1],
+            shared,
+            stream: stream.0,
+            attributes: attributes.as_ptr(),
+            count: attributes.len() as u32,
+        };
         let (arguments, none) = (arguments.as_mut_ptr(), ptr::null_mut());
         // SAFETY: the caller's promise.
         let code = unsafe { (self.f.launch)(&raw const config, function.0, arguments, none) };

@@ -54,6 +54,8 @@ kernels! {
     FillRandom = "fill_random",
     ProductBf16Narrow = "product_bf16_narrow",
     ProductBf16Wide = "product_bf16_wide",
+    ProductBf16Split = "product_bf16_split",
+    ProductFp8Split = "product_fp8_split",
     ProductFp8Narrow = "product_fp8_narrow",
     ProductFp8Wide = "product_fp8_wide",
     InnerBf16Narrow = "inner_bf16_narrow",

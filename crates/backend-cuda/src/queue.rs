@@ -69,11 +69,13 @@ pub(crate) struct Shape {
     pub(crate) grid: [u32; 3],
     pub(crate) block: u32,
     pub(crate) shared: u32,
+    /// Blocks that read each other's shared memory.
+    pub(crate) cluster: u32,
 }
 
 impl Shape {
     pub(crate) fn new(grid: [usize; 3], block: u32) -> Self {
-        Self { grid: grid.map(|n| n as u32), block, shared: 0 }
+        Self { grid: grid.map(|n| n as u32), block, shared: 0, cluster: 1 }
     }
 
     /// With bytes of dynamic shared memory.
@@ -240,9 +242,7 @@ impl Queue {
             unsafe {
                 self.device.driver.launch(
                     function,
-                    l.shape.grid,
-                    l.shape.block,
-                    l.shape.shared,
+                    &l.shape,
                     self.device.overlaps(),
                     &mut pointers,
                     &self.stream,

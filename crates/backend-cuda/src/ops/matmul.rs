@@ -30,6 +30,9 @@ const TOKEN_STRIDE: usize = 20;
 pub(super) const GEMM_ROWS: usize = 128;
 pub(super) const GEMM_THREADS: u32 = 384;
 pub(super) const NARROW: usize = 64;
+/// Blocks that divide the columns of a narrow tile, where tiles are few or very few, and what they keep their parts in.
+const CLUSTERS: [usize; 2] = [4, 8];
+const PARTS_BYTES: usize = WARPS / CLUSTERS[0] * NARROW * (GEMM_ROWS + 4) * 4;
 /// Columns that it brings at a time, and where wgmma wants them to begin.
 const GEMM_COLUMNS: usize = 64;
 pub(super) const GEMM_ALIGN: usize = 1024;
@@ -89,6 +92,16 @@ impl CudaBackend {
             return self.stream(product, m, x, out, rows, add);
         }
         let narrow = rows <= NARROW;
+        let (tiles, most) = (m.rows.div_ceil(GEMM_ROWS), self.device.multiprocessors());
+        if narrow && self.device.overlaps() && tiles * CLUSTERS[0] <= most {
+            let kernel = match product {
+                Product::Bf16 => Kernel::ProductBf16Split,
+                Product::Fp8 => Kernel::ProductFp8Split,
+            };
+            let bytes = self.gemm_bytes(product, NARROW) + PARTS_BYTES;
+            let shape = Shape { cluster: CLUSTERS[0] as u32, ..Shape::new([1, 1, 1], GEMM_THREADS) };
+            return self.push_product(kernel, shape.shared(bytes), (tiles, most), m, x, out, rows, add);
+        }
         let kernel = match (product, narrow) {
             (Product::Bf16, true) => Kernel::ProductBf16Narrow,
             (Product::Bf16, false) => Kernel::ProductBf16Wide,
@@ -96,8 +109,7 @@ impl CudaBackend {
             (Product::Fp8, false) => Kernel::ProductFp8Wide,
         };
         let width = if narrow { NARROW } else { self.device.wide(product) };
-        let tiles = m.rows.div_ceil(GEMM_ROWS) * rows.div_ceil(width);
-        let most = self.device.multiprocessors();
+        let tiles = tiles * rows.div_ceil(width);
         let shape = Shape::new([1, 1, 1], GEMM_THREADS).shared(self.gemm_bytes(product, width));
         self.push_product(kernel, shape, (tiles, most), m, x, out, rows, add);
     }
@@ -116,8 +128,8 @@ impl CudaBackend {
         self.push_product(kernel, shape, tiles, m, x, out, rows, add);
     }
 
-    /// Launches a product of so many tiles on at most so many blocks. Two products of the same rows one after the other
-    /// are launched together.
+    /// Launches a product of so many tiles on at most so many blocks, or on a cluster for each tile. Two products of the
+    /// same rows one after the other are launched together.
     fn push_product(
         &mut self,
         kernel: Kernel,
@@ -137,12 +149,17 @@ impl CudaBackend {
             && other != out
             && count == rows as u64
         {
-            tiles += last.grid[0] as usize;
+            tiles += (last.grid[0] / last.cluster) as usize;
             second = (m.record, out);
             (first, first_out) = (record, other);
             self.queue.take_last();
         }
-        let shape = Shape { grid: [tiles.min(most) as u32, 1, 1], ..shape };
+        let (mut blocks, mut cluster) = (tiles.min(most), 1);
+        if shape.cluster > 1 {
+            cluster = CLUSTERS[usize::from(tiles * CLUSTERS[1] <= most)];
+            blocks = tiles * cluster;
+        }
+        let shape = Shape { grid: [blocks as u32, 1, 1], cluster: cluster as u32, ..shape };
         self.queue.push(kernel, shape, arguments![first, second.0, x, first_out, second.1, rows, add]);
     }
 
