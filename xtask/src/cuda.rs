@@ -146,7 +146,8 @@ mod tests {
 
     #[test]
     fn the_best_matrix_instruction_counts() {
-        let code = "arch = sm_90a\n\t\tFunction : a\n /*00*/ HMMA.16816 R0;\n /*10*/ HGMMA.64x64x16 R4;\n Function : b\n";
+        let code = "arch = sm_90a\n\t\tFunction : a\n /*00*/ HMMA.16816 R0;\n /*10*/ HGMMA.64x64x16 R4;\n\
+                    Function : b\n";
         let used = HashMap::from([(("a".to_owned(), "sm_90a".to_owned()), 1)]);
         assert_eq!(matrix_instructions(code), used);
     }

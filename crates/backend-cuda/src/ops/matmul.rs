@@ -128,8 +128,8 @@ impl CudaBackend {
         self.push_product(kernel, shape, tiles, m, x, out, rows, add);
     }
 
-    /// Launches a product of so many tiles on at most so many blocks, or on a cluster for each tile. Two products of the
-    /// same rows one after the other are launched together.
+    /// Launches a product of so many tiles on at most so many blocks, or on a cluster for each tile. Two products of
+    /// the same rows one after the other are launched together.
     fn push_product(
         &mut self,
         kernel: Kernel,
