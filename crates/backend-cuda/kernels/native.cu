@@ -182,7 +182,7 @@ extern "C" __global__ void fill_random(uint8_t* out, size_t n, int format, float
   }
 }
 
-// Router logits in F32: a block per expert and row of x, the same sums for any batch. `format` is F32 or BF16, and the
+// Router logits in F32 of few rows: a block per expert and row of x, the same sums for any batch. `format` is F32 or BF16, and the
 // columns are a multiple of four.
 __device__ __forceinline__ void gate_logit(const Matrix* gate, const float* x, float* logits) {
   // Weights that a thread brings before the kernels in front are done.
@@ -218,7 +218,59 @@ __device__ __forceinline__ void gate_logit(const Matrix* gate, const float* x, f
   sum = block_sum(sum, sums);
   if (threadIdx.x == 0) logits[(size_t)t * m.rows + e] = sum;
 }
-extern "C" __global__ void __launch_bounds__(128) gate_logits(const Matrix* gate, const float* x, float* logits) { gate_logit(gate, x, logits); }
+
+// The same sums for many rows: a block has four experts and eight rows, so that both are read less often.
+// blockIdx = (experts / 4, rows / 8).
+extern "C" __global__ void __launch_bounds__(128) gate_logits(const Matrix* gate, const float* x, float* logits, int rows) {
+  constexpr int EXPERTS = 4, ROWS = 8, KEPT = 4;
+  __shared__ float sums[ROWS * EXPERTS][4];
+  const Matrix m = *gate;
+  int expert = blockIdx.x * EXPERTS, row = blockIdx.y * ROWS, fours = m.cols / 4, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  float acc[ROWS][EXPERTS] = {};
+  begin_in_order();
+#pragma unroll 1
+  for (int from = threadIdx.x; from < fours; from += KEPT * 128) {
+    float4 w[EXPERTS][KEPT];
+#pragma unroll
+    for (int e = 0; e < EXPERTS; e++)
+#pragma unroll
+      for (int j = 0; j < KEPT; j++) {
+        const uint8_t* p = m.data + (size_t)min(expert + e, m.rows - 1) * m.row_bytes;
+        int i = min(from + j * 128, fours - 1);
+        if (m.format == F32) {
+          w[e][j] = ((const float4*)p)[i];
+        } else {
+          uint2 v = ((const uint2*)p)[i];
+          w[e][j] = make_float4(bf16_bits(v.x & 0xffff), bf16_bits(v.x >> 16), bf16_bits(v.y & 0xffff), bf16_bits(v.y >> 16));
+        }
+      }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      const float4* own = (const float4*)(x + (size_t)min(row + r, rows - 1) * m.cols);
+#pragma unroll
+      for (int j = 0; j < KEPT; j++) {
+        if (from + j * 128 >= fours) break;
+        float4 a = own[from + j * 128];
+#pragma unroll
+        for (int e = 0; e < EXPERTS; e++)
+          acc[r][e] = fmaf(a.w, w[e][j].w, fmaf(a.z, w[e][j].z, fmaf(a.y, w[e][j].y, fmaf(a.x, w[e][j].x, acc[r][e]))));
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; r++)
+#pragma unroll
+    for (int e = 0; e < EXPERTS; e++) {
+      float sum = warp_sum(acc[r][e]);
+      if (lane == 0) sums[r * EXPERTS + e][warp] = sum;
+    }
+  __syncthreads();
+  int r = threadIdx.x / EXPERTS, e = threadIdx.x % EXPERTS;
+  if (r >= ROWS || row + r >= rows || expert + e >= m.rows) return;
+  float sum = 0;
+  for (int w = 0; w < 4; w++) sum += sums[threadIdx.x][w];
+  logits[(size_t)(row + r) * m.rows + expert + e] = sum;
+}
 
 // `gate_logits` and then `route`: the last block of a row chooses. `arrived` counts a row's blocks; it is zero before and
 // after.

@@ -14,7 +14,7 @@ mod ops;
 mod queue;
 
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU64},
     task::{Context, Poll},
 };
 
@@ -300,6 +300,11 @@ impl CudaBackend {
         }
         self.queue.wait()?;
         Ok((2 * COPIES * COPY_BYTES) as f64 / start.elapsed().as_secs_f64())
+    }
+
+    /// Nanoseconds in which this backend waited for the device, from its start on; it goes on counting.
+    pub fn waited(&self) -> Arc<AtomicU64> {
+        self.queue.waited()
     }
 
     /// Bytes that this backend took from the device.

@@ -4,7 +4,15 @@
 //! word by word, is kept as a CUDA graph: one call instead of hundreds. That works because ops name only buffers made
 //! at start, and all that changes from step to step lies in memory that `begin_step` fills.
 
-use std::{collections::HashMap, ffi::c_void, sync::Arc};
+use std::{
+    collections::HashMap,
+    ffi::c_void,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Instant,
+};
 
 use oxseek_tensor::Error;
 
@@ -121,6 +129,7 @@ pub(crate) struct Queue {
     pinned: Option<Pinned>,
     shared_allowed: HashMap<Kernel, u32>,
     failed: Option<Error>,
+    waited: Arc<AtomicU64>,
 }
 
 impl Queue {
@@ -135,6 +144,7 @@ impl Queue {
             pinned: None,
             shared_allowed: HashMap::new(),
             failed: None,
+            waited: Arc::default(),
         })
     }
 
@@ -297,7 +307,15 @@ impl Queue {
     /// Waits for the device.
     pub(crate) fn wait(&mut self) -> Result<(), Error> {
         self.flush()?;
-        self.device.driver.synchronize(&self.stream)
+        let start = Instant::now();
+        let done = self.device.driver.synchronize(&self.stream);
+        self.waited.fetch_add(start.elapsed().as_nanos() as u64, Relaxed);
+        done
+    }
+
+    /// Nanoseconds in which the device was waited for.
+    pub(crate) fn waited(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.waited)
     }
 
     /// What the last download brought, after [`Queue::wait`].

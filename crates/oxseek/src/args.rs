@@ -257,6 +257,7 @@ pub struct PlanArgs {
 
 /// `oxseek bench`
 #[derive(Debug, ClapArgs)]
+#[allow(clippy::struct_excessive_bools, reason = "flags of a command line")]
 pub struct BenchArgs {
     #[command(flatten)]
     pub model: ModelArgs,
@@ -295,6 +296,9 @@ pub struct BenchArgs {
     /// Measure only what this machine can do, reading and multiplying; no model is loaded
     #[arg(long)]
     pub limit: bool,
+    /// GPUs: measure the kernels that decide a model's speed, each alone; no model is loaded
+    #[arg(long, conflicts_with_all = ["limit", "cold", "profile"])]
+    pub kernels: bool,
     /// How to print
     #[arg(long, value_enum, default_value_t = BenchFormat::Table)]
     pub format: BenchFormat,

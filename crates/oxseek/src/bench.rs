@@ -2,6 +2,7 @@
 
 mod cold;
 mod gpu;
+mod kernels;
 mod report;
 mod test;
 
@@ -32,6 +33,9 @@ pub fn bench(args: &BenchArgs, started: Instant) -> Result<(), Failure> {
     }
     if args.shape.is_some() {
         return Err(Failure::Usage("--shape makes its weights on a GPU: give --device cuda".into()));
+    }
+    if args.kernels {
+        return Err(Failure::Usage("--kernels measures a GPU's: give --device cuda".into()));
     }
     let mut report = Report::new(args.format, args.profile);
     if args.limit {

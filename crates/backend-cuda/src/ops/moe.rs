@@ -25,7 +25,8 @@ const GROUP_EXPERTS_MAX: usize = 1024;
 const GROUP_EXPERTS_FEW: usize = 256;
 /// Rows up to which the last block of the gate's chooses; many would wait for each other.
 const GATE_ROWS_FEW: usize = 16;
-/// Threads of `gate_logits`.
+/// Experts and rows that a block of `gate_logits` has, and its threads.
+const GATE_TOGETHER: (usize, usize) = (4, 8);
 const GATE_THREADS: u32 = 128;
 /// Choices of an expert, on average, up to which its weights are streamed, and up to which its tiles are narrow.
 const CHOICES_FEW: usize = STREAM_TOKENS;
@@ -179,7 +180,9 @@ impl CudaBackend {
             return Ok(());
         }
         if known {
-            self.queue.push(Kernel::GateLogits, grid, arguments![m.record, x.at, logits]);
+            let (experts, together) = GATE_TOGETHER;
+            let grid = Shape::new([m.rows.div_ceil(experts), rows.div_ceil(together), 1], GATE_THREADS);
+            self.queue.push(Kernel::GateLogits, grid, arguments![m.record, x.at, logits, rows]);
         } else {
             self.multiply(m, x.at, logits, rows, false);
         }

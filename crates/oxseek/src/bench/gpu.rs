@@ -2,17 +2,18 @@
 
 use std::{
     io::Write,
+    sync::atomic::Ordering::Relaxed,
     time::{Duration, Instant},
 };
 
-use oxseek_backend_cuda::CudaBackend;
+use oxseek_backend_cuda::{CudaBackend, CudaOptions, Precision};
 use oxseek_model::{DeepSeek, Footprint};
 use oxseek_tensor::Backend as _;
 use oxseek_weights::Checkpoint;
 use serde_json::json;
 
 use super::{
-    START_TOKENS, Sizes,
+    START_TOKENS, Sizes, kernels,
     test::{Context, Test},
 };
 use crate::{
@@ -38,6 +39,11 @@ pub fn bench(args: &BenchArgs, ordinal: u16, started: Instant) -> Result<(), Fai
         );
         return Ok(());
     }
+    if args.kernels {
+        options = CudaOptions { precision: Precision::Native, random_weights: true, ..options };
+        let backend = CudaBackend::new(options).map_err(usage)?;
+        return kernels::bench(backend, copy, args.repeat, args.format);
+    }
     if args.profile {
         return Err(Failure::Usage("--profile: a GPU runs a step as a whole, its ops are not timed".into()));
     }
@@ -53,6 +59,7 @@ pub fn bench(args: &BenchArgs, ordinal: u16, started: Instant) -> Result<(), Fai
     options.random_weights = args.shape.is_some();
     backend = CudaBackend::new(options).map_err(usage)?;
     let device = backend.info().device;
+    let waited = backend.waited();
     let mut model = DeepSeek::load(&checkpoint, Box::new(backend), sizes.options(), &mut |_, _| {})
         .map_err(|e| Failure::Model(e.to_string()))?;
     let load = started.elapsed();
@@ -65,8 +72,12 @@ pub fn bench(args: &BenchArgs, ordinal: u16, started: Instant) -> Result<(), Fai
     for &depth in &sizes.depths {
         context.fill(&mut model, depth)?;
         for test in Test::all(args, depth) {
+            let (began, before) = (Instant::now(), waited.load(Relaxed));
+            let steps = (usize::from(args.repeat) + 1) * test.tokens;
             let seconds = test.measure(&mut model, &context, args.repeat)?.seconds;
-            let row = Row::new(test, &seconds, &reads, copy);
+            let on_host = began.elapsed().saturating_sub(Duration::from_nanos(waited.load(Relaxed) - before));
+            let mut row = Row::new(test, &seconds, &reads, copy);
+            row.host_seconds = (!test.prefill).then(|| on_host.as_secs_f64() / steps as f64);
             row.print(args.format)?;
             rows.push(row);
         }
@@ -107,8 +118,8 @@ impl Machine {
             BenchFormat::Json => {}
             BenchFormat::Csv => writeln!(
                 out,
-                "test,batch,depth,tokens_per_second,slowest,fastest,step_seconds,bytes_per_step,bytes_per_second,\
-                 copy_part"
+                "test,batch,depth,tokens_per_second,slowest,fastest,step_seconds,host_seconds,bytes_per_step,\
+                 bytes_per_second,copy_part"
             )?,
             BenchFormat::Table => {
                 writeln!(out, "model      {name}")?;
@@ -118,13 +129,14 @@ impl Machine {
                 writeln!(out, "start      loaded after {load:.2} s, first token after {first:.2} s\n")?;
                 writeln!(
                     out,
-                    "{:>7} {:>5} {:>6} {:>10} {:>19} {:>8} {:>10} {:>7} {:>9}",
+                    "{:>7} {:>5} {:>6} {:>10} {:>19} {:>8} {:>8} {:>10} {:>7} {:>9}",
                     "test",
                     "batch",
                     "depth",
                     "tokens/s",
                     "slowest-fastest",
                     "ms/step",
+                    "ms host",
                     "MB/step",
                     "GB/s",
                     "% of copy"
@@ -177,6 +189,8 @@ struct Row {
     tokens_per_second: [f64; 3],
     /// Decoding only: seconds of a step.
     step_seconds: Option<f64>,
+    /// Decoding only: seconds of a step in which the device is not waited for, in the mean.
+    host_seconds: Option<f64>,
     /// If known: bytes of a step, bytes per second and their part of the copy's.
     bytes: Option<[f64; 3]>,
 }
@@ -191,7 +205,7 @@ impl Row {
             Some([bytes, bytes / seconds, bytes / seconds / copy])
         });
         let tokens_per_second = picked.map(|s| (test.batch * test.tokens) as f64 / s);
-        Self { test, tokens_per_second, step_seconds, bytes }
+        Self { test, tokens_per_second, step_seconds, host_seconds: None, bytes }
     }
 
     fn print(&self, format: BenchFormat) -> Result<(), Failure> {
@@ -201,15 +215,22 @@ impl Row {
         match format {
             BenchFormat::Json => {}
             BenchFormat::Csv => {
-                let seconds = self.step_seconds.map_or(String::new(), |s| s.to_string());
+                let number = |n: Option<f64>| n.map_or(String::new(), |n| n.to_string());
+                let (seconds, host) = (number(self.step_seconds), number(self.host_seconds));
                 let bytes = self.bytes.map_or(",,".into(), |[b, r, p]| format!("{b},{r},{p}"));
                 let (batch, depth) = (t.batch, t.depth);
-                writeln!(out, "{name},{batch},{depth},{median},{slowest},{fastest},{seconds},{bytes}")?;
+                writeln!(
+                    out,
+                    "{name},{batch},{depth},{median},{slowest},{fastest},{seconds},{host},{bytes}"
+                )?;
             }
             BenchFormat::Table => {
                 let spread = format!("{slowest:.1}-{fastest:.1}");
                 write!(out, "{name:>7} {:>5} {:>6} {median:>10.1} {spread:>19}", t.batch, t.depth)?;
                 if let Some(seconds) = self.step_seconds {
+                    write!(out, " {:>8.3}", seconds * 1e3)?;
+                }
+                if let Some(seconds) = self.host_seconds {
                     write!(out, " {:>8.3}", seconds * 1e3)?;
                 }
                 if let Some([bytes, rate, part]) = self.bytes {
@@ -227,7 +248,7 @@ impl Row {
         json!({
             "test": self.test.name(), "batch": self.test.batch, "depth": self.test.depth,
             "tokens_per_second": median, "slowest": slowest, "fastest": fastest, "step_seconds": self.step_seconds,
-            "bytes_per_step": part(0), "bytes_per_second": part(1), "copy_part": part(2),
+            "host_seconds": self.host_seconds, "bytes_per_step": part(0), "bytes_per_second": part(1), "copy_part": part(2),
         })
     }
 }
