@@ -9,3 +9,4 @@ for weights in bf16 fp8; do
     "$oxseek" bench --device cuda --shape v2-lite --weights "$weights" -p 4096 -n 64 -b 1 -d 0 -r 3
     "$oxseek" bench --device cuda --shape v2-lite --weights "$weights" -p 0 -n 64 -b 1,8,64 -d 1000 -r 3
 done
+"$oxseek" bench --device cuda --kernels -r 5

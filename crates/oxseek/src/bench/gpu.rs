@@ -248,7 +248,8 @@ impl Row {
         json!({
             "test": self.test.name(), "batch": self.test.batch, "depth": self.test.depth,
             "tokens_per_second": median, "slowest": slowest, "fastest": fastest, "step_seconds": self.step_seconds,
-            "host_seconds": self.host_seconds, "bytes_per_step": part(0), "bytes_per_second": part(1), "copy_part": part(2),
+            "host_seconds": self.host_seconds, "bytes_per_step": part(0), "bytes_per_second": part(1),
+            "copy_part": part(2),
         })
     }
 }

@@ -41,7 +41,7 @@ pub fn bench(mut backend: CudaBackend, copy: f64, repeat: u16, format: BenchForm
     let mut gates = Vec::new();
     for (dtype, wanted) in [(DType::BF16, 550.0), (DType::F8E4M3, 900.0)] {
         let rate = skinny(b, dtype, repeat).map_err(run)?;
-        let name = format!("one token by {} MiB of {}", 2 * SKINNY.0 * SKINNY.1 >> 20, dtype.name());
+        let name = format!("one token by {} MiB of {}", (2 * SKINNY.0 * SKINNY.1) >> 20, dtype.name());
         gates.push(Gate { name, found: rate / copy * 100.0, wanted: 85.0, unit: "% of copy" });
         let rate = square(b, dtype, repeat).map_err(run)?;
         let name = format!("{SQUARE} tokens by {SQUARE} x {SQUARE} of {}", dtype.name());
