@@ -6,7 +6,7 @@ use flate2::read::GzDecoder;
 use oxseek_tensor::ByteRegion;
 use oxseek_weights::{Checkpoint, SafeTensors};
 
-use crate::Error;
+use crate::{Error, rescaled};
 
 /// How a gzip file begins (RFC 1952, 2.3.1).
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
@@ -70,7 +70,8 @@ impl Golden {
 }
 
 /// Opens a checkpoint folder whose weights are stored as `model.safetensors.gz`, as `model.safetensors.planes.gz`
-/// (which is smaller where values have two or four bytes), or an ordinary one.
+/// (which is smaller where values have two or four bytes), as `model.safetensors.from-X.gz` (what the folder `X` beside
+/// it does not tell, see [`rescaled`]), or an ordinary one.
 ///
 /// # Errors
 /// [`Error::Io`] or [`Error::Checkpoint`]
@@ -96,7 +97,21 @@ fn packed_weights(folder: &Path) -> Result<Option<Vec<u8>>, Error> {
     if planes.exists() {
         return Ok(Some(from_planes(&unpack(&planes, &read(&planes)?)?)));
     }
+    let prefix = "model.safetensors.from-";
+    for entry in fs::read_dir(folder).map_err(|source| Error::Io { path: folder.into(), source })?.flatten() {
+        let name = entry.file_name();
+        let base = name.to_str().and_then(|name| name.strip_prefix(prefix)?.strip_suffix(".gz"));
+        if let Some(base) = base {
+            return from_other(&entry.path(), &folder.with_file_name(base)).map(Some);
+        }
+    }
     Ok(None)
+}
+
+fn from_other(difference: &Path, base: &Path) -> Result<Vec<u8>, Error> {
+    let golden = |why: String| Error::Golden { name: difference.display().to_string(), why };
+    let weights = packed_weights(base)?.ok_or_else(|| golden("nothing to add it to".into()))?;
+    rescaled::apply(&weights, &unpack(difference, &read(difference)?)?).map_err(golden)
 }
 
 /// Undoes the order in which all bytes at places `4 i` come first, then those at `4 i + 1`, and so on.

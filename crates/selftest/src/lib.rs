@@ -10,6 +10,7 @@ pub mod agreement;
 pub mod demo;
 pub mod fixture;
 pub mod golden;
+mod rescaled;
 mod sequence;
 
 use std::path::PathBuf;
