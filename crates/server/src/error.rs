@@ -68,6 +68,12 @@ impl ApiError {
         Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", message)
     }
 
+    pub(crate) fn content_encoding(found: &HeaderValue) -> Self {
+        let message =
+            format!("the header content-encoding: {found:?} is not supported; send the body as it is");
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", message)
+    }
+
     pub(crate) fn body_too_large(bytes_max: usize) -> Self {
         let message = format!("the body is larger than {bytes_max} bytes");
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)

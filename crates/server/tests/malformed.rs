@@ -328,6 +328,18 @@ fn wrong_requests_are_refused() {
         );
         check_error(&server.raw(request.as_bytes()), 415, "", &request);
     }
+    for (encoding, status) in [("gzip", 415), ("br, gzip", 415), ("", 415), ("identity", 400)] {
+        let request = format!(
+            "POST {CHAT} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
+             content-encoding: {encoding}\r\ncontent-length: 2\r\n\r\n{{}}"
+        );
+        check_error(
+            &server.raw(request.as_bytes()),
+            status,
+            if status == 400 { "messages" } else { "" },
+            &request,
+        );
+    }
     // What is no HTTP at all has no JSON to answer, but an end.
     for bytes in [
         b"\r\n\r\n\r\n".as_slice(),

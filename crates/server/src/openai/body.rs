@@ -23,6 +23,9 @@ pub(crate) async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, ApiEr
     if !is_json {
         return Err(ApiError::content_type());
     }
+    if let Some(encoding) = headers.get(header::CONTENT_ENCODING).filter(|v| *v != "identity") {
+        return Err(ApiError::content_encoding(encoding));
+    }
     let announced = value(header::CONTENT_LENGTH).and_then(|v| v.parse::<u64>().ok());
     if announced.is_some_and(|n| n > BODY_BYTES_MAX as u64) {
         return Err(ApiError::body_too_large(BODY_BYTES_MAX));
