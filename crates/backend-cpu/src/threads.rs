@@ -24,6 +24,8 @@ use crate::numa::{Nodes, Topology};
 const SPIN: Duration = Duration::from_micros(60);
 /// Looks at the counter between two looks at the clock.
 const SPIN_ROUNDS: usize = 64;
+/// Looks at the workers that are still inside, before the core is offered to one of them.
+const YIELD_ROUNDS: usize = 128;
 
 /// One fork: `work(task, thread)` for every task below `tasks`.
 struct Job<'a> {
@@ -156,8 +158,8 @@ impl Pool {
         let mut looks = 0usize;
         while self.shared.inside.load(SeqCst) > 0 {
             looks += 1;
-            // A worker that lost its core needs ours to finish.
-            if looks.is_multiple_of(1024) { thread::yield_now() } else { std::hint::spin_loop() }
+            // A worker that lost its core needs ours to finish; one that has it is done in a moment.
+            if looks.is_multiple_of(YIELD_ROUNDS) { thread::yield_now() } else { std::hint::spin_loop() }
         }
     }
 }
