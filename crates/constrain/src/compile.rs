@@ -2,8 +2,9 @@
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
+    sync::{Arc, mpsc},
     thread,
+    time::Duration,
 };
 
 use llguidance::{
@@ -13,10 +14,12 @@ use llguidance::{
 };
 use oxseek_text::Tokenizer;
 
-use crate::{AnswerRule, CallRules, Error, SCHEMA_BYTES_MAX, limits::parser_limits};
+use crate::{AnswerRule, CallRules, Error, SCHEMA_BYTES_MAX, limits::parser_limits, urgency::Urgency};
 
 /// Stack of the thread that compiles a grammar: what is nested recurses.
 const STACK_BYTES: usize = 64 << 20;
+/// What a grammar may take before answers come first: more than most of them need.
+const PATIENCE: Duration = Duration::from_millis(5);
 
 /// A model's tokens, ready for grammars.
 pub struct Grammars {
@@ -87,7 +90,6 @@ impl Grammars {
         grammars.insert(0, GrammarWithLexer::from_lark(lark));
         let grammar = TopLevelGrammar { grammars, max_tokens: None };
         let factory = Arc::clone(&self.factory);
-        // A thread of its own has the stack, and what panics in it panics alone.
         let work = move || {
             let mut matcher = Matcher::new(factory.create_parser(grammar));
             match matcher.get_error() {
@@ -96,15 +98,29 @@ impl Grammars {
                 None => matcher.compute_mask_or_eos().map(|_| matcher).map_err(|e| Error::grammar(&e)),
             }
         };
-        let work = move || catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err(broken()));
-        let thread = thread::Builder::new().name("grammar".into()).stack_size(STACK_BYTES).spawn(work);
-        let matcher = thread.map_err(|e| Error::Limit(e.to_string()))?.join().map_err(|_| broken())??;
-        Ok(Compiled(matcher))
+        beside(work).map(Compiled)
     }
 }
 
-fn broken() -> Error {
-    Error::Grammar("it cannot be compiled".into())
+/// Runs `work` on a thread of its own, which has the stack for it; what panics there panics alone. From [`PATIENCE`]
+/// on the thread leaves the cores to those that compute answers.
+fn beside<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+    let broken = || Error::Grammar("it cannot be compiled".into());
+    let (began, thread) = mpsc::sync_channel(1);
+    let (ended, outcome) = mpsc::sync_channel(1);
+    let work = move || {
+        // Nobody hears what nobody waits for.
+        let _ = began.send(Urgency::of_this_thread());
+        let _ = ended.send(catch_unwind(AssertUnwindSafe(work)));
+    };
+    let spawned = thread::Builder::new().name("grammar".into()).stack_size(STACK_BYTES).spawn(work);
+    spawned.map_err(|e| Error::Limit(e.to_string()))?;
+    let urgency: Urgency = thread.recv().map_err(|_| broken())?;
+    let soon = outcome.recv_timeout(PATIENCE).or_else(|_| {
+        urgency.lower();
+        outcome.recv()
+    });
+    soon.map_err(|_| broken())?.map_err(|_| broken())?
 }
 
 /// A grammar that answers can be held to.

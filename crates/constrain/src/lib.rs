@@ -8,6 +8,7 @@ mod error;
 mod gbnf;
 mod limits;
 mod rule;
+mod urgency;
 
 pub use calls::CallRules;
 pub use compile::{Compiled, Follower, Grammars};
