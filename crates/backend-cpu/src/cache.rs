@@ -1,22 +1,31 @@
 //! The latent cache in memory: rows in their format, paged in blocks, in pages of 2 MiB where the system has them.
 
+use std::{ops::Range, sync::mpsc};
+
 use oxseek_tensor::{
     CacheFormat, Error,
     backend::{BLOCK_TOKENS, CacheShape},
     error::shape_error,
 };
 
-use crate::huge::{Arena, HugeBytes};
+use crate::{
+    huge::{Arena, HugeBytes},
+    numa::Nodes,
+    paging::{self, Paging},
+};
 
 /// `[layers][blocks][BLOCK_TOKENS]` rows of [`CacheShape::row_bytes`]. What was never written costs no memory.
 pub(crate) struct LatentCache {
     pub(crate) shape: CacheShape,
     pub(crate) row_bytes: usize,
     bytes: HugeBytes,
+    paging: Paging,
+    /// Takes the parts whose pages will be needed.
+    ahead: Option<mpsc::Sender<Range<usize>>>,
 }
 
 impl LatentCache {
-    pub(crate) fn new(shape: CacheShape) -> Result<Self, Error> {
+    pub(crate) fn new(shape: CacheShape, nodes: &Nodes) -> Result<Self, Error> {
         let what = "latent cache";
         let (row_bytes, bytes) = (shape.row_bytes()?, shape.bytes()?);
         if bytes == 0 {
@@ -26,7 +35,9 @@ impl LatentCache {
             return Err(Error::Overflow { what });
         }
         let memory = Arena::default().alloc(bytes).map_err(|_| Error::OutOfMemory { what, bytes })?;
-        Ok(Self { shape, row_bytes, bytes: memory })
+        let paging = Paging::new(shape.blocks, BLOCK_TOKENS * row_bytes);
+        let ahead = paging::start(memory.pages(), nodes);
+        Ok(Self { shape, row_bytes, bytes: memory, paging, ahead })
     }
 
     fn block_bytes(&self) -> usize {
@@ -39,12 +50,24 @@ impl LatentCache {
 
     /// The bytes of one row.
     pub(crate) fn row_mut(&mut self, layer: usize, block: u32, slot: usize) -> &mut [u8] {
+        self.look_ahead(block);
         let (at, n) = (self.offset(layer, block) + slot * self.row_bytes, self.row_bytes);
         &mut self.bytes.as_mut()[at..at + n]
     }
 
+    /// Has pages made for the blocks that come after `block`.
+    fn look_ahead(&mut self, block: u32) {
+        let (Some(ahead), Some(due)) = (&self.ahead, self.paging.due(block as usize)) else { return };
+        for layer in 0..self.shape.layers {
+            let [from, to] = [due.start, due.end].map(|block| self.offset(layer, block as u32));
+            // A thread that is gone leaves them to the first write.
+            let _ = ahead.send(from..to);
+        }
+    }
+
     /// Copies a block in every layer.
     pub(crate) fn copy_block(&mut self, from: u32, to: u32) {
+        self.look_ahead(to);
         for layer in 0..self.shape.layers {
             let (from, to) = (self.offset(layer, from), self.offset(layer, to));
             let n = self.block_bytes();

@@ -19,6 +19,7 @@ mod numa;
 mod ops;
 mod packed;
 mod packing;
+mod paging;
 mod profile;
 mod rounded;
 mod simd;
@@ -435,7 +436,7 @@ impl Backend for CpuBackend {
     }
 
     fn alloc_cache(&mut self, shape: CacheShape) -> Result<Cache, Error> {
-        Ok(Cache(push(&mut self.caches, LatentCache::new(shape)?)))
+        Ok(Cache(push(&mut self.caches, LatentCache::new(shape, self.pool.nodes())?)))
     }
 
     fn take_profile(&mut self) -> Vec<OpCost> {
