@@ -8,9 +8,9 @@ use crate::{
     numa::Nodes,
 };
 
-/// How much nicer than others the thread is that has pages made: Linux gives it a quarter of a core that is wanted.
+/// How much nicer than others the thread is that has pages made: Linux gives it a tenth of a core that is wanted.
 #[cfg(target_os = "linux")]
-const NICER: i32 = 5;
+const NICER: i32 = 10;
 
 /// What of a cache's layers was asked for.
 pub(crate) struct Paging {

@@ -2,9 +2,8 @@
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, mpsc},
+    sync::Arc,
     thread,
-    time::Duration,
 };
 
 use llguidance::{
@@ -14,12 +13,10 @@ use llguidance::{
 };
 use oxseek_text::Tokenizer;
 
-use crate::{AnswerRule, CallRules, Error, SCHEMA_BYTES_MAX, limits::parser_limits, urgency::Urgency};
+use crate::{AnswerRule, CallRules, Error, SCHEMA_BYTES_MAX, limits::parser_limits, urgency};
 
 /// Stack of the thread that compiles a grammar: what is nested recurses.
 const STACK_BYTES: usize = 64 << 20;
-/// What a grammar may take before answers come first: more than most of them need.
-const PATIENCE: Duration = Duration::from_millis(5);
 
 /// A model's tokens, ready for grammars.
 pub struct Grammars {
@@ -102,25 +99,16 @@ impl Grammars {
     }
 }
 
-/// Runs `work` on a thread of its own, which has the stack for it; what panics there panics alone. From [`PATIENCE`]
-/// on the thread leaves the cores to those that compute answers.
+/// Runs `work` on a thread of its own, which has the stack for it and leaves the cores to those that compute answers.
+/// What panics there panics alone.
 fn beside<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
     let broken = || Error::Grammar("it cannot be compiled".into());
-    let (began, thread) = mpsc::sync_channel(1);
-    let (ended, outcome) = mpsc::sync_channel(1);
     let work = move || {
-        // Nobody hears what nobody waits for.
-        let _ = began.send(Urgency::of_this_thread());
-        let _ = ended.send(catch_unwind(AssertUnwindSafe(work)));
+        urgency::lower();
+        catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err(broken()))
     };
-    let spawned = thread::Builder::new().name("grammar".into()).stack_size(STACK_BYTES).spawn(work);
-    spawned.map_err(|e| Error::Limit(e.to_string()))?;
-    let urgency: Urgency = thread.recv().map_err(|_| broken())?;
-    let soon = outcome.recv_timeout(PATIENCE).or_else(|_| {
-        urgency.lower();
-        outcome.recv()
-    });
-    soon.map_err(|_| broken())?.map_err(|_| broken())?
+    let thread = thread::Builder::new().name("grammar".into()).stack_size(STACK_BYTES).spawn(work);
+    thread.map_err(|e| Error::Limit(e.to_string()))?.join().map_err(|_| broken())?
 }
 
 /// A grammar that answers can be held to.
