@@ -72,6 +72,14 @@ impl Kernels {
 
 pub(crate) use elementwise::WeightedRows;
 
+/// A part of a kernel that is compiled on its own. A kernel whose hundreds of tiles are all inlined takes the compiler
+/// minutes, as its time grows faster than a function's length.
+pub(crate) trait Outlined {
+    /// # Safety
+    /// As whoever made it says, and the CPU features of its level.
+    unsafe fn run(self);
+}
+
 /// A vector of F32 lanes and the few operations that the kernels need.
 ///
 /// # Safety
@@ -81,6 +89,8 @@ pub(crate) trait Simd: Copy {
     const LANES: usize;
     /// Rows of x and rows of W in one register tile.
     const TILE_TOKENS: usize;
+    /// Runs `part` in a function of its own that is compiled with the level's features.
+    unsafe fn outlined(part: impl Outlined);
     unsafe fn splat(v: f32) -> Self;
     unsafe fn load(p: *const f32) -> Self;
     unsafe fn store(self, p: *mut f32);
@@ -102,6 +112,19 @@ pub(crate) trait Simd: Copy {
     /// The largest lane.
     unsafe fn max_lane(self) -> f32;
 }
+
+/// Makes the `outlined` of [`Simd`] and [`Panel`] for a level's CPU features.
+macro_rules! outlined {
+    ($($features:literal)?) => {
+        #[inline(never)]
+        $(#[target_feature(enable = $features)])?
+        unsafe fn outlined(part: impl $crate::simd::Outlined) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { part.run() }
+        }
+    };
+}
+pub(crate) use outlined;
 
 /// Makes a level's [`Kernels`]: the generic algorithms compiled with the level's CPU features.
 macro_rules! kernels {

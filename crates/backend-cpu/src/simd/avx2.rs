@@ -13,6 +13,7 @@ pub(crate) struct V(__m256);
 impl Simd for V {
     const LANES: usize = 8;
     const TILE_TOKENS: usize = 2;
+    super::outlined!("avx2,fma,f16c");
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
         // SAFETY: above.

@@ -13,6 +13,7 @@ pub(crate) struct V(__m512);
 impl Simd for V {
     const LANES: usize = 16;
     const TILE_TOKENS: usize = 6;
+    super::outlined!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
         // SAFETY: above.

@@ -1,8 +1,10 @@
 //! `y = x * W^T` for weights in any storage format.
 
+use std::marker::PhantomData;
+
 use oxseek_tensor::{DType, HostMatrix, blocks, dtype::FP8_BLOCK};
 
-use super::Simd;
+use super::{Outlined, Simd};
 
 /// Rows of W in one register tile.
 const TILE_ROWS: usize = 4;
@@ -213,30 +215,47 @@ unsafe fn rows_of_w<S: Simd, D: Decode<S>>(g: &Gemm<'_>) {
         let mut t = 0;
         while t < g.tokens.len() {
             let left = (g.tokens.len() - t).min(S::TILE_TOKENS);
+            macro_rules! tile {
+                ($n:literal) => {{
+                    S::outlined(Tile::<'_, S, D, $n> { g, t, row, rows, of: PhantomData });
+                    $n
+                }};
+            }
             // SAFETY: tokens t.. and rows row.. lie inside the caller's.
-            let n = unsafe {
+            t += unsafe {
                 match left {
-                    6.. => tile::<S, D, 6>(g, t, row, rows),
-                    4..6 => tile::<S, D, 4>(g, t, row, rows),
-                    3 => tile::<S, D, 3>(g, t, row, rows),
-                    2 => tile::<S, D, 2>(g, t, row, rows),
-                    _ => tile::<S, D, 1>(g, t, row, rows),
+                    6.. if const { S::TILE_TOKENS >= 6 } => tile!(6),
+                    4.. if const { S::TILE_TOKENS >= 4 } => tile!(4),
+                    3.. if const { S::TILE_TOKENS >= 3 } => tile!(3),
+                    2.. => tile!(2),
+                    _ => tile!(1),
                 }
             };
-            t += n;
         }
         row += rows;
     }
 }
 
-/// `T` tokens times up to four rows; rows past the end are computed from the last one and thrown away.
-#[inline(always)]
-unsafe fn tile<S: Simd, D: Decode<S>, const T: usize>(
-    g: &Gemm<'_>,
+/// `T` tokens from `t` on times up to four rows from `row` on.
+struct Tile<'a, S, D, const T: usize> {
+    g: &'a Gemm<'a>,
     t: usize,
     row: usize,
     rows: usize,
-) -> usize {
+    of: PhantomData<(S, D)>,
+}
+
+impl<S: Simd, D: Decode<S>, const T: usize> Outlined for Tile<'_, S, D, T> {
+    #[inline(always)]
+    unsafe fn run(self) {
+        // SAFETY: whoever made it has the tokens and rows, and calls it with the features of `S`.
+        unsafe { tile::<S, D, T>(self.g, self.t, self.row, self.rows) }
+    }
+}
+
+/// `T` tokens times up to four rows; rows past the end are computed from the last one and thrown away.
+#[inline(always)]
+unsafe fn tile<S: Simd, D: Decode<S>, const T: usize>(g: &Gemm<'_>, t: usize, row: usize, rows: usize) {
     // SAFETY: see each block; `cols` elements are readable in every row of x and W, and the last partial vector goes
     // through a zero-padded copy.
     unsafe {
@@ -291,7 +310,6 @@ unsafe fn tile<S: Simd, D: Decode<S>, const T: usize>(
             }
         }
     }
-    T
 }
 
 /// The last `n < LANES` elements, the other lanes zero.

@@ -33,6 +33,7 @@ unsafe fn halves(h: uint16x4_t) -> float32x4_t {
 impl Simd for V {
     const LANES: usize = 4;
     const TILE_TOKENS: usize = 4;
+    super::outlined!("neon");
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
         // SAFETY: above.

@@ -6,7 +6,7 @@
 
 use std::marker::PhantomData;
 
-use super::Output;
+use super::{Outlined, Output};
 use crate::{
     packed::{GROUP_ROWS, PackedFormat, PanelRef, Rounding},
     rounded::{self, TILE_TOKENS_MAX},
@@ -67,14 +67,6 @@ pub(crate) struct PanelGemm<'a> {
     pub(crate) then: *const u8,
 }
 
-/// A part of a kernel that is compiled on its own. A kernel whose hundreds of tiles are all inlined takes the compiler
-/// minutes, as its time grows faster than a function's length.
-pub(crate) trait Outlined {
-    /// # Safety
-    /// As whoever made it says, and the CPU features of its level.
-    unsafe fn run(self);
-}
-
 /// Sixteen rows at once, on one level.
 ///
 /// # Safety
@@ -102,7 +94,9 @@ pub(crate) trait Panel {
     const OFFSET_IN_SUMS: bool;
 
     unsafe fn splat(v: f32) -> Self::F;
-    /// Runs `part` in a function of its own that is compiled with the level's features.
+    /// As [`Simd::outlined`].
+    ///
+    /// [`Simd::outlined`]: super::Simd::outlined
     unsafe fn outlined(part: impl Outlined);
     /// Sixteen F32 at `p`.
     unsafe fn load(p: *const f32) -> Self::F;

@@ -29,6 +29,7 @@ impl V {
 impl Simd for V {
     const LANES: usize = LANES;
     const TILE_TOKENS: usize = 2;
+    super::outlined!();
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
         V([v; LANES])
