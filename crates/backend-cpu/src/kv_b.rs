@@ -1,7 +1,11 @@
 //! What makes keys and values from latent rows, laid out for the kernels of `simd/attention.rs`.
-#![allow(unsafe_code, reason = "threads fill disjoint parts of one buffer")]
+#![allow(unsafe_code, reason = "threads fill disjoint parts of one buffer; kernels read pointers")]
 
-use oxseek_tensor::{Error, HostMatrix, backend::MlaShape, dtype::f32_to_bf16};
+use oxseek_tensor::{
+    Error, HostMatrix,
+    backend::{KvBParts, MlaShape},
+    dtype::f32_to_bf16,
+};
 
 use crate::{
     huge::{Arena, HugeBytes},
@@ -10,15 +14,20 @@ use crate::{
     threads::Pool,
 };
 
+mod part;
+
+pub(crate) use part::{Part, ROWS, RoundedInputs};
+
 /// Latent values of a query that one task makes, for all heads: whole groups.
 pub(crate) const SLICE: usize = 64;
 
-/// The weights of one layer in BF16, three times: sixteen outputs side by side, pairs of inputs in each of them.
+/// The weights of one layer in BF16, three times: sixteen outputs side by side, pairs of inputs in each of them. Where
+/// the file has blocks that absorbed attention can multiply with, it does so, and reads a quarter to a half as much.
 ///
 /// It is packed while the model loads: it is small, and what is in its place until then would need code of its own.
 pub(crate) struct PackedKvB {
     #[allow(dead_code, reason = "keeps what the panels point to; tests look at it")]
-    bytes: HugeBytes,
+    bytes: Vec<HugeBytes>,
     panels: KvBPanels,
 }
 
@@ -26,7 +35,9 @@ pub(crate) struct PackedKvB {
 #[derive(Clone, Copy)]
 pub(crate) struct KvBPanels {
     /// Per head, latent values from the nope part of a query: `W_UK^T`.
-    pub(crate) absorb: Panels,
+    pub(crate) absorb: Part,
+    /// Per head, a value from the weighted sum of latent rows: `W_UV`.
+    pub(crate) means: Part,
     /// Per head, the nope part of a key from a latent row: `W_UK`.
     pub(crate) keys: Panels,
     /// Per head, a value from a latent row: `W_UV`.
@@ -84,7 +95,7 @@ impl Panels {
         self.slice * self.group_bytes()
     }
 
-    fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.heads * self.slices() * self.slice_bytes()
     }
 
@@ -96,19 +107,27 @@ impl Panels {
 }
 
 impl PackedKvB {
-    /// Packs `[H*(dn+dv), kl]`, whose shape was checked.
+    /// Packs `[H*(dn+dv), kl]` and the parts that it is made of, if the file has them; their shapes were checked.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`], or what the pool answers.
     pub(crate) fn new(
         m: &HostMatrix,
+        of_file: Option<&KvBParts>,
         shape: &MlaShape,
         arena: &mut Arena,
         pool: &mut Pool,
     ) -> Result<Self, Error> {
         let MlaShape { heads, nope, value, latent, .. } = *shape;
+        let mut all = Vec::new();
+        let (mut of_keys, mut of_values) = (None, None);
+        if let Some(KvBParts { keys, values }) = of_file {
+            of_keys = Part::in_blocks(keys, latent, &mut all, arena, pool)?;
+            of_values = Part::in_blocks(values, value, &mut all, arena, pool)?;
+        }
         let whole = |rows, cols| Panels::new(heads, rows, cols, rows.div_ceil(GROUP_ROWS).max(1));
-        let absorb = Panels::new(heads, latent, nope, SLICE / GROUP_ROWS);
+        let absorbed_rows = if of_keys.is_some() { 0 } else { latent };
+        let absorb = Panels::new(heads, absorbed_rows, nope, SLICE / GROUP_ROWS);
         let mut parts = [absorb, whole(nope, latent), whole(value, latent)];
         let mut bytes = arena.alloc(parts.iter().map(Panels::bytes).sum::<usize>())?;
         let mut first = bytes.as_ptr();
@@ -133,8 +152,11 @@ impl PackedKvB {
                 }
             }
         })?;
+        all.push(bytes);
         let [absorb, keys, values] = parts;
-        Ok(Self { bytes, panels: KvBPanels { absorb, keys, values } })
+        let absorb = of_keys.unwrap_or(Part::Panels(absorb));
+        let means = of_values.unwrap_or(Part::Panels(values));
+        Ok(Self { bytes: all, panels: KvBPanels { absorb, means, keys, values } })
     }
 
     pub(crate) fn panels(&self) -> KvBPanels {
@@ -143,7 +165,7 @@ impl PackedKvB {
 
     /// Bytes that making queries and outputs of a token reads.
     pub(crate) fn absorbed_bytes(&self) -> usize {
-        self.panels.absorb.bytes() + self.panels.values.bytes()
+        self.panels.absorb.bytes() + self.panels.means.bytes()
     }
 }
 
@@ -210,8 +232,9 @@ mod tests {
         let shape = MlaShape { heads: 3, nope: 5, rope: 2, value: 18, latent: 33, softmax_scale: 1.0 };
         let m = Random::new(3).matrix(DType::BF16, 3 * 23, 33).unwrap();
         let mut pool = Pool::new(2, crate::numa::Topology::default()).unwrap();
-        let packed = PackedKvB::new(&m, &shape, &mut Arena::default(), &mut pool).unwrap();
-        let (bytes, mut row) = (packed.bytes.as_ref(), vec![0.0; 33]);
+        let packed = PackedKvB::new(&m, None, &shape, &mut Arena::default(), &mut pool).unwrap();
+        let Part::Panels(absorb) = packed.panels.absorb else { panic!("blocks of BF16") };
+        let (bytes, mut row) = (packed.bytes[0].as_ref(), vec![0.0; 33]);
         for head in 0..3 {
             for r in 0..23 {
                 m.decode_row(head * 23 + r, &mut row);
@@ -219,7 +242,7 @@ mod tests {
                     let found = if r < 5 {
                         let keys = weight(&packed.panels.keys, bytes, head, r, c);
                         assert_eq!(keys.to_bits(), w.to_bits());
-                        weight(&packed.panels.absorb, bytes, head, c, r)
+                        weight(&absorb, bytes, head, c, r)
                     } else {
                         weight(&packed.panels.values, bytes, head, r - 5, c)
                     };
@@ -227,7 +250,7 @@ mod tests {
                 }
             }
             // What pads a pair counts as zero.
-            assert!(weight(&packed.panels.absorb, bytes, head, 0, 5).abs() < 1e-30);
+            assert!(weight(&absorb, bytes, head, 0, 5).abs() < 1e-30);
             assert!(weight(&packed.panels.values, bytes, head, 17, 33).abs() < 1e-30);
         }
     }

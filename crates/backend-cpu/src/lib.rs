@@ -35,8 +35,8 @@ use std::{
 use oxseek_tensor::{
     Backend, DType, Error, HostMatrix,
     backend::{
-        BLOCK_TOKENS, Buffer, Cache, CacheShape, DeviceInfo, ExpertMatrices, Experts, KvB, MlaShape, Mlp,
-        OpCost, Read, Rope, RouterShape, Routing, StepInput, Vector, Weight,
+        BLOCK_TOKENS, Buffer, Cache, CacheShape, DeviceInfo, ExpertMatrices, Experts, KvB, KvBParts,
+        MlaShape, Mlp, OpCost, Read, Rope, RouterShape, Routing, StepInput, Vector, Weight,
     },
     error::{at_most, expect, shape_error},
 };
@@ -368,6 +368,30 @@ fn zeroed(what: &'static str, sizes: &[usize]) -> Result<Vec<f32>, Error> {
     Ok(vec![0.0; n])
 }
 
+impl CpuBackend {
+    fn take_kv_b(
+        &mut self,
+        shape: &MlaShape,
+        matrix: HostMatrix,
+        parts: Option<&KvBParts>,
+    ) -> Result<KvB, Error> {
+        let op = "load_kv_b";
+        expect(op, "rows", shape.heads * (shape.nope + shape.value), matrix.rows())?;
+        expect(op, "columns", shape.latent, matrix.cols())?;
+        let factor = match self.precision {
+            Precision::Exact => {
+                self.make_room_for(&matrix)?;
+                kv_b::Factor::Stored(matrix)
+            }
+            Precision::Native => {
+                let (arena, pool) = (&mut self.kv_b_memory, &mut self.pool);
+                kv_b::Factor::Packed(PackedKvB::new(&matrix, parts, shape, arena, pool)?)
+            }
+        };
+        Ok(KvB(push(&mut self.kv_bs, kv_b::KvBFactor { shape: *shape, factor })))
+    }
+}
+
 impl Backend for CpuBackend {
     fn info(&self) -> DeviceInfo {
         let (cpu, level, threads) = (detect::cpu_description(), self.level, self.threads());
@@ -402,21 +426,21 @@ impl Backend for CpuBackend {
     }
 
     fn load_kv_b(&mut self, shape: &MlaShape, matrix: HostMatrix) -> Result<KvB, Error> {
-        let op = "load_kv_b";
-        expect(op, "rows", shape.heads * (shape.nope + shape.value), matrix.rows())?;
-        expect(op, "columns", shape.latent, matrix.cols())?;
-        let factor = match self.precision {
-            Precision::Exact => {
-                self.make_room_for(&matrix)?;
-                kv_b::Factor::Stored(matrix)
-            }
-            Precision::Native => {
-                let packed = PackedKvB::new(&matrix, shape, &mut self.kv_b_memory, &mut self.pool)?;
-                kv_b::Factor::Packed(packed)
-            }
-        };
-        let factor = kv_b::KvBFactor { shape: *shape, factor };
-        Ok(KvB(push(&mut self.kv_bs, factor)))
+        self.take_kv_b(shape, matrix, None)
+    }
+
+    fn load_kv_b_apart(
+        &mut self,
+        shape: &MlaShape,
+        matrix: HostMatrix,
+        parts: KvBParts,
+    ) -> Result<KvB, Error> {
+        let op = "load_kv_b_apart";
+        expect(op, "rows of keys", shape.heads * shape.latent, parts.keys.rows())?;
+        expect(op, "columns of keys", shape.nope, parts.keys.cols())?;
+        expect(op, "rows of values", shape.heads * shape.value, parts.values.rows())?;
+        expect(op, "columns of values", shape.latent, parts.values.cols())?;
+        self.take_kv_b(shape, matrix, Some(&parts))
     }
 
     fn load_rope(&mut self, inv_freq: &[f32], magnitude: f32) -> Result<Rope, Error> {

@@ -240,6 +240,26 @@ pub(crate) fn interleave(
     })
 }
 
+/// Lays `n` rounded rows of `row_words` words side by side in tiles of at most `most`. One row is its own tile: `rows`
+/// as they are.
+#[allow(unsafe_code, reason = "tiles are written through a shared buffer")]
+pub(crate) fn tile_rows(rows: &[f32], row_words: usize, n: usize, most: usize, out: &mut [f32]) -> RowsRef {
+    if n <= 1 {
+        return RowsRef { words: rows.as_ptr(), row_words };
+    }
+    assert!(out.len() >= n * row_words, "room for the rows");
+    let out = RowsMut { words: Shared::new(out), row_words };
+    for (first, width) in tiles(n, most) {
+        let mut sources = [std::ptr::null(); TILE_TOKENS_MAX];
+        for (source, row) in sources.iter_mut().zip(rows.chunks_exact(row_words).skip(first).take(width)) {
+            *source = row.as_ptr();
+        }
+        // SAFETY: the rows have these words, and there is room for all tiles.
+        unsafe { out.interleave(&sources[..width], 0..row_words, first) };
+    }
+    out.from(0)
+}
+
 /// Most tokens of a tile at any level: the widths that products and [`RowsMut::interleave`] list.
 pub(crate) const TILE_TOKENS_MAX: usize = 12;
 

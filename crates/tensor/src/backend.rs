@@ -100,6 +100,15 @@ pub struct ExpertMatrices {
     pub down: HostMatrix,
 }
 
+/// A layer's `kv_b` in two parts, as newer GGUF files have it.
+#[derive(Debug, Clone)]
+pub struct KvBParts {
+    /// `[H*kl, dn]`: the key rows, transposed head by head.
+    pub keys: HostMatrix,
+    /// `[H*dv, kl]`
+    pub values: HostMatrix,
+}
+
 /// Sizes of a paged latent cache. A token has one row of `latent + rope` values in each layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheShape {
@@ -358,6 +367,17 @@ pub trait Backend: Send {
 
     /// Takes a layer's `kv_b`, `[H*(dn+dv), kl]`: per head `dn` key rows and then `dv` value rows.
     fn load_kv_b(&mut self, shape: &MlaShape, matrix: HostMatrix) -> Result<KvB, Error>;
+
+    /// The same, of a file that has it in parts: `matrix` is what they are together. Absorbed attention may multiply
+    /// with the parts.
+    fn load_kv_b_apart(
+        &mut self,
+        shape: &MlaShape,
+        matrix: HostMatrix,
+        _parts: KvBParts,
+    ) -> Result<KvB, Error> {
+        self.load_kv_b(shape, matrix)
+    }
 
     /// Takes rotary frequencies: pair `i` at position `p` turns by `p as f32 * inv_freq[i]`; cos and sin are
     /// multiplied by `magnitude`.

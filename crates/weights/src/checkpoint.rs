@@ -233,6 +233,18 @@ impl Checkpoint {
         }
     }
 
+    /// The `kv_b_proj` `name` of a GGUF file that has it in parts: its key rows, transposed head by head, and its value
+    /// rows, as stored.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::matrix`].
+    pub fn kv_b_parts(&self, name: &str) -> Result<Option<[HostMatrix; 2]>, Error> {
+        match &self.store {
+            Store::Folder(_) => Ok(None),
+            Store::Gguf(gguf) => gguf.kv_b_parts(&self.config, name),
+        }
+    }
+
     /// The vector `name` as F32.
     ///
     /// # Errors

@@ -150,6 +150,18 @@ impl Gguf {
         }
     }
 
+    /// The two parts of the `kv_b_proj` that a Hugging Face checkpoint calls `name`, where the file has no whole.
+    pub(crate) fn kv_b_parts(
+        &self,
+        config: &ModelConfig,
+        name: &str,
+    ) -> Result<Option<[HostMatrix; 2]>, Error> {
+        match place(name) {
+            Place::Latent { layer } => latent::parts(self, config, layer),
+            _ => Ok(None),
+        }
+    }
+
     /// The vector that a Hugging Face checkpoint calls `name`.
     pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, Error> {
         let Place::Whole(name) = place(name) else {

@@ -7,7 +7,7 @@ use std::fs;
 
 use common::gguf::{FILE, Model, key, list, open, text};
 use oxseek_tensor::{
-    ByteRegion, DType,
+    ByteRegion, DType, HostMatrix,
     backend::Scoring,
     dtype::{f32_to_bf16, f32_to_f16},
 };
@@ -337,7 +337,15 @@ fn kv_b_is_put_together_again() {
         assert!(checkpoint.contains(KV_B));
         assert_eq!(values(&checkpoint, KV_B, 68, 32), (dtype, kv_b()));
         assert_eq!(checkpoint.made_bytes(), made);
+        let parts = checkpoint.kv_b_parts(KV_B).unwrap();
+        assert_eq!(parts.map(|p| p.map(|m| rows_of(&m))), (made > 0).then(|| [keys.clone(), v.clone()]));
     }
+}
+
+fn rows_of(m: &HostMatrix) -> Vec<f32> {
+    let mut all = vec![0.0; m.rows() * m.cols()];
+    all.chunks_exact_mut(m.cols()).enumerate().for_each(|(r, row)| m.decode_row(r, row));
+    all
 }
 
 #[test]
@@ -360,6 +368,8 @@ fn quantised_parts_of_kv_b_become_halves() {
         let (block, element) = if row < 32 { (head * 32 + col, row) } else { (head * 2 + row - 32, col) };
         assert_eq!(value, f32::from(((block + element) as u8).cast_signed()), "value {i}");
     }
+    let parts = checkpoint.kv_b_parts(KV_B).unwrap().unwrap();
+    assert_eq!(parts.map(|m| (m.dtype(), m.rows(), m.cols())), [(DType::Q8_0, 64, 32), (DType::Q8_0, 4, 32)]);
 }
 
 #[test]

@@ -80,6 +80,8 @@ pub(crate) trait Panel {
     type W: Copy;
     /// Sixteen times four unsigned weights of 8 bits.
     type U: Copy;
+    /// Sums of products of small weights for sixteen rows, before they are [widened](Panel::widen).
+    type Small: Copy;
     /// One pair of BF16 activations for all rows.
     type X: Copy;
     /// Most tokens of one tile of BF16 products: what the registers hold.
@@ -90,6 +92,8 @@ pub(crate) trait Panel {
     const PAIRS: bool;
     /// Whether loops are unrolled where a format profits from it.
     const UNROLLS: bool = true;
+    /// What such a sum has room for, of each sign; 0 where the level adds products to I32 at no cost.
+    const SMALL_MAX: usize = 0;
     /// Whether `dot_s8` leaves the offset of 128 to the sums that a block begins with.
     const OFFSET_IN_SUMS: bool;
 
@@ -133,6 +137,11 @@ pub(crate) trait Panel {
     unsafe fn dot_u7(acc: Self::I, w: Self::U, x: *const u8) -> Self::I;
     /// The same for weights that are 128 too large: as they are if [`Panel::OFFSET_IN_SUMS`], else minus 128.
     unsafe fn dot_s8(acc: Self::I, w: Self::U, x: *const u8) -> Self::I;
+    unsafe fn zero_small() -> Self::Small;
+    /// As `dot_u7`; no half of a sum, two of the four products each, may exceed [`Panel::SMALL_MAX`].
+    unsafe fn dot_small(acc: Self::Small, w: Self::U, x: *const u8) -> Self::Small;
+    /// `acc + small`
+    unsafe fn widen(acc: Self::I, small: Self::Small) -> Self::I;
     /// Sixteen I32 words at `p`, each shifted right by `SHIFT` and cut to `MASK`.
     unsafe fn bits<const SHIFT: u32, const MASK: i32>(p: *const u8) -> Self::I;
     /// `a | b << SHIFT`

@@ -2,7 +2,7 @@
 
 use oxseek_tensor::{
     Backend, HostMatrix,
-    backend::{KvB, MlaShape, Vector, Weight},
+    backend::{KvB, KvBParts, MlaShape, Vector, Weight},
 };
 use oxseek_weights::{Checkpoint, ModelConfig};
 
@@ -34,7 +34,11 @@ impl<'a> Loader<'a> {
 
     pub(super) fn kv_b(&mut self, name: &str, shape: &MlaShape) -> Result<KvB, LoadError> {
         let rows = shape.heads * (shape.nope + shape.value);
-        Ok(self.backend.load_kv_b(shape, self.checkpoint.matrix(name, rows, shape.latent)?)?)
+        let whole = self.checkpoint.matrix(name, rows, shape.latent)?;
+        Ok(match self.checkpoint.kv_b_parts(name)? {
+            Some([keys, values]) => self.backend.load_kv_b_apart(shape, whole, KvBParts { keys, values })?,
+            None => self.backend.load_kv_b(shape, whole)?,
+        })
     }
 
     pub(super) fn vector(&mut self, name: &str, len: usize) -> Result<Vector, LoadError> {

@@ -4,7 +4,8 @@ use super::{Case, Invariance, Random, Rows, buffer_of, read_rows, rope::frequenc
 use crate::{
     Backend, CacheFormat, DType, Error, HostMatrix,
     backend::{
-        AttendMode, BLOCK_TOKENS, Buffer, Cache, CacheShape, KvB, MlaShape, Rope, Segment, StepInput, Vector,
+        AttendMode, BLOCK_TOKENS, Buffer, Cache, CacheShape, KvB, KvBParts, MlaShape, Rope, Segment,
+        StepInput, Vector,
     },
     cache::CACHE_RUN,
 };
@@ -22,6 +23,19 @@ const SHAPES: [MlaShape; 4] = [
     MlaShape { heads: 6, nope: 64, rope: 32, value: 64, latent: 128, softmax_scale: 0.1 },
 ];
 
+/// Layers whose `kv_b` comes in two parts, and their formats: heads at whole groups of rows and not, rows of whole runs
+/// and not, blocks and none.
+const APART: [(MlaShape, [DType; 2]); 5] = [
+    (SHAPES[3], [DType::Q8_0, DType::Q8_0]),
+    (SHAPES[3], [DType::Q4_0, DType::Q5_0]),
+    (SHAPES[3], [DType::F16, DType::Q8_0]),
+    (MlaShape { heads: 3, nope: 32, rope: 2, value: 20, latent: 32, softmax_scale: 0.2 }, [DType::Q5_1; 2]),
+    (
+        MlaShape { heads: 18, nope: 160, rope: 6, value: 16, latent: 256, softmax_scale: 0.05 },
+        [DType::Q4_0, DType::Q4K],
+    ),
+];
+
 pub(super) fn add_cases(all: &mut Vec<Case>) {
     for shape in SHAPES {
         for dtype in DType::ALL.into_iter().filter(|d| d.row_bytes(shape.latent).is_some()) {
@@ -33,6 +47,15 @@ pub(super) fn add_cases(all: &mut Vec<Case>) {
                     layer.sequences(b, r, &LENGTHS, mode, Rows::Together)
                 }));
             }
+        }
+    }
+    for (shape, parts) in APART {
+        for mode in [AttendMode::Absorbed, AttendMode::Expanded] {
+            let name = format!("mla_attend {mode:?} kv_b in {} and {}", parts[0], parts[1]);
+            all.push(Case::new(name, 2e-5, move |b, r| {
+                let mut layer = Layer::apart(b, r, shape, parts)?;
+                layer.sequences(b, r, &LENGTHS, mode, Rows::Together)
+            }));
         }
     }
     for mode in [AttendMode::Absorbed, AttendMode::Expanded] {
@@ -83,6 +106,25 @@ fn cache_shape(shape: &MlaShape, format: CacheFormat) -> CacheShape {
     CacheShape { layers: LAYERS, blocks: BLOCKS, latent: shape.latent, rope: shape.rope, format }
 }
 
+/// `[H*(dn+dv), kl]` from its parts, in F32.
+fn together(shape: &MlaShape, parts: &KvBParts) -> Result<HostMatrix, Error> {
+    let MlaShape { heads, nope, value, latent, .. } = *shape;
+    let (mut all, mut column, mut row) =
+        (vec![0.0; heads * (nope + value) * latent], vec![0.0; nope], vec![0.0; latent]);
+    for (head, all) in all.chunks_exact_mut((nope + value) * latent).enumerate() {
+        let (key_rows, value_rows) = all.split_at_mut(nope * latent);
+        for c in 0..latent {
+            parts.keys.decode_row(head * latent + c, &mut column);
+            key_rows[c..].iter_mut().step_by(latent).zip(&column).for_each(|(to, x)| *to = *x);
+        }
+        for (i, to) in value_rows.chunks_exact_mut(latent).enumerate() {
+            parts.values.decode_row(head * value + i, &mut row);
+            to.copy_from_slice(&row);
+        }
+    }
+    HostMatrix::from_f32(heads * (nope + value), latent, &all)
+}
+
 /// One attention layer with its cache.
 struct Layer {
     shape: MlaShape,
@@ -100,7 +142,23 @@ struct Layer {
 impl Layer {
     fn new(b: &mut dyn Backend, random: &mut Random, shape: MlaShape, dtype: DType) -> Result<Self, Error> {
         let kv_b = random.matrix(dtype, shape.heads * (shape.nope + shape.value), shape.latent)?;
-        let norm = random.normals(shape.latent);
+        let (kv_b, norm) = (b.load_kv_b(&shape, kv_b)?, random.normals(shape.latent));
+        Self::with(b, shape, kv_b, &norm, CacheFormat::F32, false)
+    }
+
+    /// A layer whose `kv_b` comes in two parts.
+    fn apart(
+        b: &mut dyn Backend,
+        random: &mut Random,
+        shape: MlaShape,
+        [keys, values]: [DType; 2],
+    ) -> Result<Self, Error> {
+        let keys = random.matrix(keys, shape.heads * shape.latent, shape.nope)?;
+        let values = random.matrix(values, shape.heads * shape.value, shape.latent)?;
+        let parts = KvBParts { keys, values };
+        let kv_b = b.load_kv_b_apart(&shape, together(&shape, &parts)?, parts)?;
+        // Near 1, as trained ones are: with larger ones a latent row has outliers, which rounding to bytes suffers from.
+        let norm: Vec<f32> = random.normals(shape.latent).iter().map(|n| 1.0 + 0.1 * n).collect();
         Self::with(b, shape, kv_b, &norm, CacheFormat::F32, false)
     }
 
@@ -123,13 +181,14 @@ impl Layer {
                 _ => sign * random.below(128) as f32 / 64.0,
             });
         }
+        let kv_b = b.load_kv_b(&shape, kv_b)?;
         Self::with(b, shape, kv_b, &norm, format, true)
     }
 
     fn with(
         b: &mut dyn Backend,
         shape: MlaShape,
-        kv_b: HostMatrix,
+        kv_b: KvB,
         norm: &[f32],
         format: CacheFormat,
         exact_values: bool,
@@ -138,7 +197,7 @@ impl Layer {
         let still = vec![0.0; shape.rope / 2];
         Ok(Self {
             shape,
-            kv_b: b.load_kv_b(&shape, kv_b)?,
+            kv_b,
             norm: b.load_vector(norm)?,
             rope: if exact_values {
                 b.load_rope(&still, 1.0)?
@@ -272,6 +331,13 @@ pub(super) fn invariance() -> Vec<Invariance> {
                 }),
             ));
         }
+        all.push((
+            format!("mla_attend {mode:?} kv_b in parts"),
+            Box::new(move |b, r, rows| {
+                let mut layer = Layer::apart(b, r, SHAPES[3], [DType::Q4_0, DType::Q8_0])?;
+                layer.sequences(b, r, &[(70, 3), (0, 1), (129, 1), (0, 66), (63, 20)], mode, rows)
+            }),
+        ));
     }
     all
 }

@@ -57,6 +57,19 @@ pub(super) fn matrix(
     })
 }
 
+/// The two parts of a layer's `kv_b_proj`, `[H*kl, dn]` and `[H*dv, kl]`, if the file has it in parts.
+pub(super) fn parts(
+    gguf: &Gguf,
+    config: &ModelConfig,
+    layer: &str,
+) -> Result<Option<[HostMatrix; 2]>, Error> {
+    if gguf.has(&names::kv_b(layer)) || !gguf.has(&names::k_b(layer)) {
+        return Ok(None);
+    }
+    let Parts { keys, values, .. } = Parts::of(gguf, config, layer)?;
+    Ok(Some([keys, values]))
+}
+
 /// Bytes that putting the parts of all layers together takes.
 pub(super) fn joined_bytes(gguf: &Gguf, config: &ModelConfig) -> u64 {
     let values =

@@ -14,17 +14,15 @@ use super::{super::matmul::Input, expanded};
 use crate::{
     CpuBackend,
     cache::LatentRows,
-    kv_b::{KvBPanels, SLICE},
+    kv_b::{KvBPanels, ROWS, RoundedInputs, SLICE},
     memory::{Scratch, Shared},
     packed::{GROUP_ROWS, RUN, Rounding},
     simd::{
         Kernels, WeightedRows,
-        attention::{AttendChunk, CHUNK, CachedRows, DotRows, RowRuns, scratch_len},
+        attention::{AttendChunk, CHUNK, CachedRows, RowRuns, scratch_len},
     },
 };
 
-/// Rows that one task makes queries or values for.
-const ROWS: usize = 16;
 /// F32 of what the splits of rows in flight found, unless one row takes more.
 const FOUND_MAX: usize = 16 << 20;
 
@@ -277,10 +275,17 @@ impl Native<'_> {
         let (sizes, first) = (self.sizes(), slice * SLICE);
         let cols = SLICE.min(latent - first);
         let last = first + cols == latent;
-        let (stride, made_stride) = (nope.next_multiple_of(RUN) / 2, SLICE + rope);
-        let parts =
-            [ROWS * stride, ROWS * made_stride, nope.max(rope), made_stride.next_multiple_of(RUN), 0, 0];
-        let (_, [nopes, made, scaled, words, _, _]) = scratch.split(parts);
+        let (absorb, rounding) = (&self.kv_b.absorb, self.kv_b.absorb.rounding());
+        let (stride, made_stride) = (rounding.row_words(nope), SLICE + rope);
+        let parts = [
+            ROWS * stride,
+            ROWS * made_stride,
+            nope.max(rope),
+            made_stride.next_multiple_of(RUN),
+            ROWS * stride,
+            0,
+        ];
+        let (_, [nopes, made, scaled, words, tiled, _]) = scratch.split(parts);
         let n = cols + if last { rope } else { 0 };
         for lane in 0..GROUP_ROWS {
             let head = group * GROUP_ROWS + lane;
@@ -291,20 +296,14 @@ impl Native<'_> {
                     // SAFETY: the row has room for `nope` values in whole runs.
                     unsafe {
                         let out = nopes.as_mut_ptr().add(i * stride);
-                        self.kernels.round(Rounding::Bf16, scaled.as_ptr(), nope, out);
+                        self.kernels.round(rounding, scaled.as_ptr(), nope, out);
                     }
                 }
-                let runs = [nopes.as_ptr().cast()];
-                let d = DotRows {
-                    panel: self.kv_b.absorb.at(head, first / GROUP_ROWS),
-                    units: self.kv_b.absorb.units,
-                    cols,
-                    rows: RowRuns::new(&runs, ROWS, stride * 4, rows.len()),
-                    out: made.as_mut_ptr(),
-                    out_stride: made_stride,
+                let mut x = RoundedInputs { words: nopes, row_words: stride, n: rows.len(), tiled };
+                // SAFETY: the head has these outputs; the rows hold `nope` values, padded with zeros.
+                unsafe {
+                    absorb.multiply(self.kernels, head, first..first + cols, &mut x, made, made_stride);
                 };
-                // SAFETY: the head's panel has these groups; the rows hold `nope` values, padded with zeros.
-                unsafe { (self.kernels.dot_rows)(&d) };
             }
             for (i, r) in rows.clone().enumerate() {
                 if head < heads {
@@ -426,10 +425,11 @@ impl Native<'_> {
     /// The values of a head from what the splits found.
     fn values(&self, scratch: &mut Scratch, head: usize, rows: Range<usize>) {
         let MlaShape { heads, value, latent, .. } = self.shape;
-        let (sizes, stride) = (self.sizes(), latent.next_multiple_of(RUN) / 2);
+        let (means, rounding) = (&self.kv_b.means, self.kv_b.means.rounding());
+        let (sizes, stride) = (self.sizes(), rounding.row_words(latent));
         let splits = self.rows[rows.clone()].iter().map(Row::splits).max().unwrap_or(1);
-        let parts = [ROWS * stride, latent, splits, ROWS * value, 0, 0];
-        let (_, [rounded, mean, weights, made, _, _]) = scratch.split(parts);
+        let parts = [ROWS * stride, latent, splits, ROWS * value, ROWS * stride, 0];
+        let (_, [rounded, mean, weights, made, tiled, _]) = scratch.split(parts);
         for (i, row) in self.rows[rows.clone()].iter().enumerate() {
             let weights = &mut weights[..row.splits()];
             self.split_weights(row, head, weights);
@@ -447,20 +447,12 @@ impl Native<'_> {
                     keep: 0.0,
                 });
                 let out = rounded.as_mut_ptr().add(i * stride);
-                self.kernels.round(Rounding::Bf16, mean.as_ptr(), latent, out);
+                self.kernels.round(rounding, mean.as_ptr(), latent, out);
             }
         }
-        let runs = [rounded.as_ptr().cast()];
-        let d = DotRows {
-            panel: self.kv_b.values.at(head, 0),
-            units: self.kv_b.values.units,
-            cols: value,
-            rows: RowRuns::new(&runs, ROWS, stride * 4, rows.len()),
-            out: made.as_mut_ptr(),
-            out_stride: value,
-        };
-        // SAFETY: the head's panel; the rows hold `latent` values, padded with zeros.
-        unsafe { (self.kernels.dot_rows)(&d) };
+        let mut x = RoundedInputs { words: rounded, row_words: stride, n: rows.len(), tiled };
+        // SAFETY: all of the head's outputs; the rows hold `latent` values, padded with zeros.
+        unsafe { means.multiply(self.kernels, head, 0..value, &mut x, made, value) };
         for (made, row) in made.chunks_exact(value).zip(&self.rows[rows]) {
             let out = self.out.at((row.in_step * heads + head) * value);
             // SAFETY: only this task writes this head's output of these rows.

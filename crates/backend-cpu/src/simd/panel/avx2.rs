@@ -77,10 +77,13 @@ impl Panel for P {
     /// The even and the odd weights of the pairs, in F32.
     type W = [[__m256; 2]; 2];
     type U = [__m256i; 2];
+    /// Two sums of 16 bits for each row.
+    type Small = [__m256i; 2];
     type X = [__m256; 2];
     const TILE_BF16: usize = 4;
     const TILE_BYTES: usize = 4;
     const PAIRS: bool = false;
+    const SMALL_MAX: usize = i16::MAX as usize;
     const OFFSET_IN_SUMS: bool = false;
 
     crate::simd::outlined!("avx2,fma,f16c");
@@ -221,6 +224,27 @@ impl Panel for P {
                 acc,
                 w
             )
+        }
+    }
+    #[inline(always)]
+    unsafe fn zero_small() -> Self::Small {
+        // SAFETY: above.
+        unsafe { [_mm256_setzero_si256(); 2] }
+    }
+    #[inline(always)]
+    unsafe fn dot_small(acc: Self::Small, w: Self::U, x: *const u8) -> Self::Small {
+        // SAFETY: above.
+        unsafe {
+            let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
+            two!(|acc, w| _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x)), acc, w)
+        }
+    }
+    #[inline(always)]
+    unsafe fn widen(acc: Self::I, small: Self::Small) -> Self::I {
+        // SAFETY: above.
+        unsafe {
+            let ones = _mm256_set1_epi16(1);
+            two!(|acc, small| _mm256_add_epi32(acc, _mm256_madd_epi16(small, ones)), acc, small)
         }
     }
     #[inline(always)]

@@ -9,10 +9,15 @@ use crate::{
     rounded::{BYTE_RUN_WORDS, CODES, SUM_SHIFT, SUMS_16, SUMS_32, SUMS_HIGH, SUMS_LOW},
 };
 
+/// Activations are bytes from minus this to this.
+const ACTIVATION_MAX: usize = 127;
+
 /// A format of blocks of columns, each with a scale and perhaps a minimum per row: `w = scale * (q - ZERO) - min`.
 pub(super) trait Block<P: Panel> {
     /// Four columns each: 8 of them to a block, or 4.
     const UNITS: usize = 8;
+    /// No code is larger.
+    const CODE_MAX: usize;
     /// `log2` of the value that stands for zero; `None` when the format has minima instead.
     const ZERO_SHIFT: Option<u32>;
     /// One of the formats that most people have.
@@ -25,6 +30,17 @@ pub(super) trait Block<P: Panel> {
     /// Whether the blocks of a run are unrolled where the level does so, so that their places in a super-block are
     /// constants: worth its code where a format must be as fast as memory.
     const UNROLLED: bool = false;
+    /// Units whose products are summed as [`Panel::Small`] before they are widened; 0 where that gains nothing.
+    const SMALL_UNITS: usize = {
+        let most = P::SMALL_MAX / (2 * Self::CODE_MAX * ACTIVATION_MAX);
+        if most < 2 {
+            0
+        } else if most < Self::UNITS {
+            most / 2 * 2
+        } else {
+            Self::UNITS
+        }
+    };
     /// Where block `b` of a group lies, header included.
     unsafe fn at(group: *const u8, b: usize) -> *const u8;
     /// The unsigned weights of columns `4 * unit..` of the block that is `b`-th of its header.
@@ -58,6 +74,7 @@ pub(super) struct Q4K;
 
 impl<P: Panel> Block<P> for Q8_0 {
     const FORMAT: PackedFormat = PackedFormat::Q8_0;
+    const CODE_MAX: usize = 255;
     const COMMON: bool = true;
     const ZERO_SHIFT: Option<u32> = Some(7);
     #[inline(always)]
@@ -78,6 +95,7 @@ impl<P: Panel> Block<P> for Q8_0 {
 
 impl<P: Panel> Block<P> for Q4_0 {
     const FORMAT: PackedFormat = PackedFormat::Q4_0;
+    const CODE_MAX: usize = 15;
     const COMMON: bool = true;
     const ZERO_SHIFT: Option<u32> = Some(3);
     #[inline(always)]
@@ -104,6 +122,7 @@ const Q4K_BYTES: usize = 16 * 144;
 
 impl<P: Panel> Block<P> for Q4K {
     const FORMAT: PackedFormat = PackedFormat::Q4K;
+    const CODE_MAX: usize = 15;
     const COMMON: bool = true;
     const ZERO_SHIFT: Option<u32> = None;
     const SUPER: bool = true;
@@ -260,15 +279,15 @@ unsafe fn add_block<P: Panel, D: Block<P>, const G: usize, const T: usize, const
                 }
             }
         }
-        add_unit::<P, D, G, T, S>(&at, codes, place, 0, &stream, &mut acc);
-        add_unit::<P, D, G, T, S>(&at, codes, place, 1, &stream, &mut acc);
-        add_unit::<P, D, G, T, S>(&at, codes, place, 2, &stream, &mut acc);
-        add_unit::<P, D, G, T, S>(&at, codes, place, 3, &stream, &mut acc);
+        let mut small = [[P::zero_small(); T]; G];
+        macro_rules! units {
+            ($($unit:literal)*) => {$(
+                add_unit::<P, D, G, T, S>(&at, codes, place, $unit, &stream, &mut acc, &mut small);
+            )*};
+        }
+        units!(0 1 2 3);
         if D::UNITS == 8 {
-            add_unit::<P, D, G, T, S>(&at, codes, place, 4, &stream, &mut acc);
-            add_unit::<P, D, G, T, S>(&at, codes, place, 5, &stream, &mut acc);
-            add_unit::<P, D, G, T, S>(&at, codes, place, 6, &stream, &mut acc);
-            add_unit::<P, D, G, T, S>(&at, codes, place, 7, &stream, &mut acc);
+            units!(4 5 6 7);
         }
         for i in 0..G {
             let scale = D::scale(at[i], place);
@@ -317,8 +336,9 @@ unsafe fn add_unit<P: Panel, D: Block<P>, const G: usize, const T: usize, const 
     unit: usize,
     stream: &Stream<G, S>,
     acc: &mut [[P::I; T]; G],
+    small: &mut [[P::Small; T]; G],
 ) {
-    // SAFETY: as in `add_block`.
+    // SAFETY: as in `add_block`; as many products as `SMALL_UNITS` says have room.
     unsafe {
         let lines = D::LINES_TWICE.div_ceil(2);
         stream.fetch::<P>(unit * lines / D::UNITS..(unit + 1) * lines / D::UNITS);
@@ -329,11 +349,21 @@ unsafe fn add_unit<P: Panel, D: Block<P>, const G: usize, const T: usize, const 
         for j in 0..T {
             let x = codes.add((unit * T + j) * 4);
             for i in 0..G {
-                acc[i][j] = if D::ZERO_SHIFT == Some(7) {
-                    P::dot_s8(acc[i][j], w[i], x)
+                if D::SMALL_UNITS > 0 {
+                    small[i][j] = P::dot_small(small[i][j], w[i], x);
+                } else if D::ZERO_SHIFT == Some(7) {
+                    acc[i][j] = P::dot_s8(acc[i][j], w[i], x);
                 } else {
-                    P::dot_u7(acc[i][j], w[i], x)
-                };
+                    acc[i][j] = P::dot_u7(acc[i][j], w[i], x);
+                }
+            }
+        }
+        if D::SMALL_UNITS > 0 && (unit + 1).is_multiple_of(D::SMALL_UNITS) {
+            for i in 0..G {
+                for j in 0..T {
+                    acc[i][j] = P::widen(acc[i][j], small[i][j]);
+                    small[i][j] = P::zero_small();
+                }
             }
         }
     }

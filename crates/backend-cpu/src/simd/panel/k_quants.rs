@@ -28,6 +28,7 @@ unsafe fn codes_of_2_bits<P: Panel>(at: *const u8, b: usize, unit: usize) -> P::
 
 impl<P: Panel> Block<P> for Q2K {
     const FORMAT: PackedFormat = PackedFormat::Q2K;
+    const CODE_MAX: usize = 3;
     const UNITS: usize = 4;
     const ZERO_SHIFT: Option<u32> = None;
     const SUPER: bool = true;
@@ -60,6 +61,7 @@ impl<P: Panel> Block<P> for Q2K {
 
 impl<P: Panel> Block<P> for Q3K {
     const FORMAT: PackedFormat = PackedFormat::Q3K;
+    const CODE_MAX: usize = 7;
     const UNITS: usize = 4;
     const ZERO_SHIFT: Option<u32> = Some(2);
     const SUPER: bool = true;
@@ -90,6 +92,7 @@ impl<P: Panel> Block<P> for Q3K {
 
 impl<P: Panel> Block<P> for Q5K {
     const FORMAT: PackedFormat = PackedFormat::Q5K;
+    const CODE_MAX: usize = 31;
     const ZERO_SHIFT: Option<u32> = None;
     const SUPER: bool = true;
     #[inline(always)]
@@ -141,6 +144,7 @@ unsafe fn scale_of_6_bits<P: Panel>(at: *const u8, b: usize) -> P::I {
 
 impl<P: Panel> Block<P> for Q6K {
     const FORMAT: PackedFormat = PackedFormat::Q6K;
+    const CODE_MAX: usize = 63;
     const COMMON: bool = true;
     const UNITS: usize = 4;
     const ZERO_SHIFT: Option<u32> = Some(5);

@@ -38,6 +38,7 @@ unsafe fn codes_of_5_bits<P: Panel>(at: *const u8, unit: usize) -> P::U {
 
 impl<P: Panel> Block<P> for Q4_1 {
     const FORMAT: PackedFormat = PackedFormat::Q4_1;
+    const CODE_MAX: usize = 15;
     const ZERO_SHIFT: Option<u32> = None;
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
@@ -62,6 +63,7 @@ impl<P: Panel> Block<P> for Q4_1 {
 
 impl<P: Panel> Block<P> for Q5_0 {
     const FORMAT: PackedFormat = PackedFormat::Q5_0;
+    const CODE_MAX: usize = 31;
     const ZERO_SHIFT: Option<u32> = Some(4);
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
@@ -81,6 +83,7 @@ impl<P: Panel> Block<P> for Q5_0 {
 
 impl<P: Panel> Block<P> for Q5_1 {
     const FORMAT: PackedFormat = PackedFormat::Q5_1;
+    const CODE_MAX: usize = 31;
     const ZERO_SHIFT: Option<u32> = None;
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
@@ -105,6 +108,7 @@ impl<P: Panel> Block<P> for Q5_1 {
 
 impl<P: Panel> Block<P> for Int4 {
     const FORMAT: PackedFormat = PackedFormat::Int4;
+    const CODE_MAX: usize = 15;
     const ZERO_SHIFT: Option<u32> = Some(3);
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {

@@ -29,6 +29,7 @@ static E2M1: [u8; 16] = unsigned(E2M1_DOUBLED, 16);
 
 impl<P: Panel> Block<P> for Iq4Nl {
     const FORMAT: PackedFormat = PackedFormat::Iq4Nl;
+    const CODE_MAX: usize = 255;
     const ZERO_SHIFT: Option<u32> = Some(7);
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
@@ -48,6 +49,7 @@ impl<P: Panel> Block<P> for Iq4Nl {
 
 impl<P: Panel> Block<P> for Iq4Xs {
     const FORMAT: PackedFormat = PackedFormat::Iq4Xs;
+    const CODE_MAX: usize = 255;
     const ZERO_SHIFT: Option<u32> = Some(7);
     const SUPER: bool = true;
     #[inline(always)]
@@ -74,6 +76,7 @@ impl<P: Panel> Block<P> for Iq4Xs {
 
 impl<P: Panel> Block<P> for Mxfp4 {
     const FORMAT: PackedFormat = PackedFormat::Mxfp4;
+    const CODE_MAX: usize = 28;
     const ZERO_SHIFT: Option<u32> = Some(4);
     #[inline(always)]
     unsafe fn at(group: *const u8, b: usize) -> *const u8 {
