@@ -1,5 +1,5 @@
 //! Pages of the latent cache are made before rows come to them. A first write to a page of 2 MiB waits until the system
-//! has found and cleared it, in a virtual machine for milliseconds, and rows come to such a page in every layer at once.
+//! has found and cleared it, for milliseconds in a virtual machine, and in one step rows come to one in every layer.
 
 use std::{ops::Range, sync::mpsc, thread};
 

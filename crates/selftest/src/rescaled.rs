@@ -119,8 +119,8 @@ mod tests {
         let difference = difference(&base, &new);
         assert_eq!(apply(&base, &difference).unwrap(), new);
         let codes = &difference[base.len() - 260..];
-        let exact = codes.iter().filter(|d| **d == 0).count();
-        assert!(exact > 180 && codes.iter().all(|d| [0, 1, 255].contains(d)), "{exact} {codes:?}");
+        let missed: Vec<&u8> = codes.iter().filter(|d| **d != 0).collect();
+        assert!(missed.len() < 80 && missed.iter().all(|d| [1, 255].contains(*d)), "{codes:?}");
     }
 
     #[test]
