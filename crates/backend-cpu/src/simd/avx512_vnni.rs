@@ -2,7 +2,10 @@
 
 use std::arch::x86_64::*;
 
-use super::{avx512::V, panel::Panel};
+use super::{
+    avx512::V,
+    panel::{Outlined, Panel},
+};
 use crate::packed::E4M3_TO_BF16;
 
 /// Sixteen rows in one vector.
@@ -21,6 +24,14 @@ impl Panel for P {
     const PAIRS: bool = true;
     const OFFSET_IN_SUMS: bool = true;
 
+    #[inline(never)]
+    #[target_feature(
+        enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx512vbmi,avx2,fma,f16c"
+    )]
+    unsafe fn outlined(part: impl Outlined) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { part.run() }
+    }
     #[inline(always)]
     unsafe fn splat(v: f32) -> __m512 {
         // SAFETY: above.

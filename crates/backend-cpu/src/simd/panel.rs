@@ -4,6 +4,8 @@
 //! `r` of the group: no sum ever crosses lanes, and a row's bits do not depend on how many tokens share a tile.
 //! BF16 and FP8 weights meet BF16 activations; block formats meet 8-bit activations, and their integer sums are exact.
 
+use std::marker::PhantomData;
+
 use super::Output;
 use crate::{
     packed::{GROUP_ROWS, PackedFormat, PanelRef, Rounding},
@@ -65,6 +67,14 @@ pub(crate) struct PanelGemm<'a> {
     pub(crate) then: *const u8,
 }
 
+/// A part of a kernel that is compiled on its own. A kernel whose hundreds of tiles are all inlined takes the compiler
+/// minutes, as its time grows faster than a function's length.
+pub(crate) trait Outlined {
+    /// # Safety
+    /// As whoever made it says, and the CPU features of its level.
+    unsafe fn run(self);
+}
+
 /// Sixteen rows at once, on one level.
 ///
 /// # Safety
@@ -92,6 +102,8 @@ pub(crate) trait Panel {
     const OFFSET_IN_SUMS: bool;
 
     unsafe fn splat(v: f32) -> Self::F;
+    /// Runs `part` in a function of its own that is compiled with the level's features.
+    unsafe fn outlined(part: impl Outlined);
     /// Sixteen F32 at `p`.
     unsafe fn load(p: *const f32) -> Self::F;
     /// The same, written.
@@ -339,28 +351,69 @@ unsafe fn tiles_of<P: Panel, D: Tiled<P>, const G: usize>(g: &PanelGemm<'_>) {
             let next = if is_last { g.then } else { g.w.group(group + G) };
             let mut ahead = ahead.from(next);
             for (first, width) in tiles.clone() {
-                // SAFETY: rows of the output; the caller has the features.
-                unsafe { expect_output::<P, G>(g, group, &g.out_rows[first..first + width]) };
-                macro_rules! widths {
-                    ($($n:literal)*) => {
-                        match width {
-                            // SAFETY: the groups and the tile are the caller's.
-                            $($n if $n <= D::TILE => unsafe {
-                                let x = g.x.row(first);
-                                let sums = if $n < D::STREAMS_BELOW || (D::STREAMS_WIDE && ahead.streams) {
-                                    D::tile::<G, $n, true>(&g.w, groups, x, &ahead)
-                                } else {
-                                    D::tile::<G, $n, false>(&g.w, groups, x, &ahead)
-                                };
-                                emit::<P, G, $n>(g, group, first, sums);
-                            },)*
-                            _ => unreachable!("a tile of {width} tokens"),
-                        }
-                    };
-                }
-                widths!(1 2 3 4 5 6 7 8 9 10 11 12);
+                // SAFETY: the groups and the tile are the caller's, who has the features.
+                unsafe { one_tile::<P, D, G>(Place { g, group, groups, first, ahead: &ahead }, width) };
                 ahead.pass();
             }
+        }
+    }
+}
+
+/// A tile of a product: the `G` groups from `group` on, the tokens from `first` on.
+#[derive(Clone, Copy)]
+struct Place<'a, const G: usize> {
+    g: &'a PanelGemm<'a>,
+    group: usize,
+    groups: [*const u8; G],
+    first: usize,
+    ahead: &'a Ahead,
+}
+
+/// The tile of `width` tokens. What a format has no tile for is left out by constants, before it is compiled.
+#[inline(always)]
+unsafe fn one_tile<P: Panel, D: Tiled<P>, const G: usize>(at: Place<'_, G>, width: usize) {
+    macro_rules! widths {
+        ($($n:literal)*) => {
+            match width {
+                // SAFETY: the caller's promise is passed on.
+                $($n if const { $n <= D::TILE } => unsafe { streamed_or_not::<P, D, G, $n>(at) },)*
+                _ => unreachable!("a tile of {width} tokens"),
+            }
+        };
+    }
+    widths!(1 2 3 4 5 6 7 8 9 10 11 12);
+}
+
+#[inline(always)]
+unsafe fn streamed_or_not<P: Panel, D: Tiled<P>, const G: usize, const T: usize>(at: Place<'_, G>) {
+    // SAFETY: the caller's promise is passed on.
+    unsafe {
+        if const { T < D::STREAMS_BELOW } {
+            P::outlined(Tile::<'_, P, D, G, T, true>(at, PhantomData));
+        } else if const { !D::STREAMS_WIDE } {
+            P::outlined(Tile::<'_, P, D, G, T, false>(at, PhantomData));
+        } else if at.ahead.streams {
+            P::outlined(Tile::<'_, P, D, G, T, true>(at, PhantomData));
+        } else {
+            P::outlined(Tile::<'_, P, D, G, T, false>(at, PhantomData));
+        }
+    }
+}
+
+/// The tile of `T` tokens at a place; `S` as in [`Tiled::tile`].
+struct Tile<'a, P, D, const G: usize, const T: usize, const S: bool>(Place<'a, G>, PhantomData<(P, D)>);
+
+impl<P: Panel, D: Tiled<P>, const G: usize, const T: usize, const S: bool> Outlined
+    for Tile<'_, P, D, G, T, S>
+{
+    #[inline(always)]
+    unsafe fn run(self) {
+        let Place { g, group, groups, first, ahead } = self.0;
+        // SAFETY: whoever made it has groups, tile and output, and calls it with the features of `P`.
+        unsafe {
+            expect_output::<P, G>(g, group, &g.out_rows[first..first + T]);
+            let sums = D::tile::<G, T, S>(&g.w, groups, g.x.row(first), ahead);
+            emit::<P, G, T>(g, group, first, sums);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Panel;
+use super::{Outlined, Panel};
 
 /// Sixteen rows in two vectors.
 pub(crate) struct P;
@@ -83,6 +83,12 @@ impl Panel for P {
     const PAIRS: bool = false;
     const OFFSET_IN_SUMS: bool = false;
 
+    #[inline(never)]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn outlined(part: impl Outlined) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { part.run() }
+    }
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self::F {
         // SAFETY: above.

@@ -4,7 +4,7 @@ use std::arch::aarch64::*;
 
 use oxseek_tensor::{blocks::half_of_e8m0, dtype::f16_to_f32};
 
-use super::Panel;
+use super::{Outlined, Panel};
 
 /// Sixteen rows in four vectors.
 pub(crate) struct P;
@@ -30,6 +30,12 @@ impl Panel for P {
     const PAIRS: bool = false;
     const OFFSET_IN_SUMS: bool = false;
 
+    #[inline(never)]
+    #[target_feature(enable = "neon")]
+    unsafe fn outlined(part: impl Outlined) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { part.run() }
+    }
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self::F {
         // SAFETY: above.

@@ -5,7 +5,7 @@ use oxseek_tensor::{
     dtype::{bf16_to_f32, e4m3_to_f32, f16_to_f32},
 };
 
-use super::Panel;
+use super::{Outlined, Panel};
 use crate::packed::GROUP_ROWS;
 
 /// Sixteen rows in arrays.
@@ -32,6 +32,11 @@ impl Panel for P {
     const UNROLLS: bool = false;
     const OFFSET_IN_SUMS: bool = false;
 
+    #[inline(never)]
+    unsafe fn outlined(part: impl Outlined) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { part.run() }
+    }
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self::F {
         [v; GROUP_ROWS]
