@@ -138,7 +138,11 @@ extern "C" __global__ void __launch_bounds__(256) experts_sum_norm(const float* 
     own[j] = ((const float4*)(out + (size_t)t * width))[i];
     if (shared) of_shared[j] = ((const float4*)(y + (size_t)(choices + t) * width))[i];
   }
+#if __CUDA_ARCH__ >= 900
   constexpr int TOGETHER = 8;
+#else
+  constexpr int TOGETHER = 4;
+#endif
 #pragma unroll 1
   for (int from = 0; from < top_k; from += TOGETHER) {
     int choice[TOGETHER];

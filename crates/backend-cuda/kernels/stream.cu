@@ -10,8 +10,11 @@ constexpr int STAGE_BYTES = 16 * STAGE_ROW_BYTES;
 // Two blocks on a multiprocessor of Hopper ask for 192 KiB together; the others have less shared memory.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 constexpr int STAGES = 3;
+// FP8 runs that are multiplied side by side; elsewhere there are not registers enough for two.
+constexpr int BESIDE = 2;
 #else
 constexpr int STAGES = 2;
+constexpr int BESIDE = 1;
 #endif
 
 // The tiles of a block in one phase: some that follow each other, so that most have their source in common.
@@ -282,13 +285,14 @@ __device__ __forceinline__ void stream(const Work& work, bool ready) {
       asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
       __syncwarp();
       const uint8_t* at = ring.slots + slot * STAGE_BYTES;
+      const float* of_stage = scales[warp][slot];
       float scale[4];
-      *(float4*)scale = *(const float4*)scales[warp][slot];
+      if constexpr (BESIDE == 2) *(float4*)scale = *(const float4*)of_stage;
       auto whole = [&](int runs) { return (run + runs) * RUN <= source.cols; };
       if constexpr (FORMAT == BF16) {
         if constexpr (NT > 1) bring_x<FORMAT, NT>(xs, run, to, source.cols, x[0]);
         add_bf16<NT>(at, x[0], whole(1), sums);
-      } else if constexpr (NT == 1) {
+      } else if constexpr (NT == 1 && BESIDE == 2) {
         if (run + 1 < to)
           add_fp8<2, NT>(at, 0, x, whole(2), scale, sums);
         else
@@ -297,8 +301,8 @@ __device__ __forceinline__ void stream(const Work& work, bool ready) {
 #pragma unroll
         for (int r = 0; r < R::RUNS; r++) {
           if (run + r >= to) break;
-          bring_x<FORMAT, NT>(xs, run + r, to, source.cols, x[0]);
-          add_fp8<1, NT>(at, r, x, whole(r + 1), scale + r * 2, sums);
+          if constexpr (NT > 1) bring_x<FORMAT, NT>(xs, run + r, to, source.cols, x[0]);
+          add_fp8<1, NT>(at, r, x + (NT > 1 ? 0 : r), whole(r + 1), BESIDE == 2 ? scale + r * 2 : of_stage + r * 2, sums);
         }
       }
       __syncwarp();
@@ -325,8 +329,15 @@ __device__ __forceinline__ void stream(const Work& work, bool ready) {
   }
 }
 
+// A second block would not fit in the shared memory of Blackwell's cards.
+#if __CUDA_ARCH__ >= 1200
+constexpr int STREAM_BLOCKS = 1;
+#else
+constexpr int STREAM_BLOCKS = 2;
+#endif
+
 #define STREAM_PRODUCTS(name, FORMAT, NT)                                                                              \
-  extern "C" __global__ void __launch_bounds__(256, 2) name(const Matrix* first, const Matrix* second, const __nv_bfloat16* x, float* out, \
+  extern "C" __global__ void __launch_bounds__(256, STREAM_BLOCKS) name(const Matrix* first, const Matrix* second, const __nv_bfloat16* x, float* out, \
                                                             float* out_second, int count, int add) {                   \
     stream<FORMAT, NT, true, false>(Products(first, second, x, out, out_second, count, add, 16, 1), false);                         \
   }
@@ -338,12 +349,12 @@ STREAM_PRODUCTS(stream_fp8_16, F8E4M3, 2)
 // `ready`: x was there before the kernel in front of this one began, which only chooses experts. `stream_outer` follows
 // `stream_inner`, so the choices are there before it begins.
 #define STREAM_EXPERTS(suffix, FORMAT)                                                                                 \
-  extern "C" __global__ void __launch_bounds__(256, 2) stream_inner_##suffix(                                          \
+  extern "C" __global__ void __launch_bounds__(256, STREAM_BLOCKS) stream_inner_##suffix(                                          \
       const Matrix* experts, const Tile* groups, const int* list, int top_k, const __nv_bfloat16* x, __nv_bfloat16* inner, int inner_max, \
       const Matrix* gate, const Matrix* up, __nv_bfloat16* shared_inner, int count, int cols, int ready) {             \
     stream<FORMAT, 1, false, true>(Inner(experts, groups, list, top_k, x, inner, inner_max, matrix_or_none(gate), matrix_or_none(up), shared_inner, count, cols, 8, 1), ready); \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256, 2) stream_outer_##suffix(                                          \
+  extern "C" __global__ void __launch_bounds__(256, STREAM_BLOCKS) stream_outer_##suffix(                                          \
       const Matrix* experts, const Tile* groups, const int* list, const __nv_bfloat16* inner, int inner_max, const Matrix* down, \
       const __nv_bfloat16* shared_inner, float* y, int choices, int count, int rows) {                                 \
     stream<FORMAT, 1, true, false>(Outer(experts, groups, list, inner, inner_max, matrix_or_none(down), shared_inner, y, choices, count, rows, 8, 1), false); \
