@@ -330,6 +330,8 @@ extern "C" __global__ void __launch_bounds__(256) norm_gate_and_route(const floa
   const Matrix m = *gate;
   int t = blockIdx.y, fours = m.cols / 4, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, e = blockIdx.x * 8 + warp;
   float4 n[2], v[2], w[16];
+  // Says that this block runs: its shared memory may be written by others, who wait for that below.
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #pragma unroll
   for (int j = 0; j < 2; j++) n[j] = ((const float4*)norm)[min((int)threadIdx.x + j * 256, fours - 1)];
 #pragma unroll
@@ -370,6 +372,7 @@ extern "C" __global__ void __launch_bounds__(256) norm_gate_and_route(const floa
   }
 #pragma unroll
   for (int i = 0; i < 4; i++) logit += warp_sum(quarters[i]);
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   if (lane == 0 && e < m.rows)
     asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %0, 0; st.shared::cluster.f32 [a], %1;}" ::"r"(shared_address(&logits[e])), "f"(logit) : "memory");
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
