@@ -165,10 +165,16 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1) values_rows(const 
   gemm<BF16, WIDE_BF16>(Heads<float>{of_values, mean, out + at, rounded + at, heads, values, latent, values, count, WIDE_BF16});
 }
 
+// Four matrices of 8 rows by 16 bytes, whose rows lanes 8i to 8i + 7 name.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at));
+}
+
 // One block of 64 cached rows for 16 heads of one row of the step: exponent, sum of the softmax's weights and the weighted
 // sum of the latent rows. blockIdx = (block of the cache, heads / 16, row); 8 warps.
+// At most the last `fresh` rows of a sequence are appended in this step.
 extern "C" __global__ void __launch_bounds__(256) attend_block(const __nv_bfloat16* queries, Step step, const uint8_t* layer, int first, int latent, int rope,
-                                                               int row_bytes, float softmax_scale, float* sums, float2* exponents_and_totals) {
+                                                               int row_bytes, int fresh, float softmax_scale, float* sums, float2* exponents_and_totals) {
   extern __shared__ __align__(16) float room[];
   int width = latent + rope, stride = width + 8;
   __nv_bfloat16* rows = (__nv_bfloat16*)room;                    // [64][stride]
@@ -184,17 +190,19 @@ extern "C" __global__ void __launch_bounds__(256) attend_block(const __nv_bfloat
   }
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q4 = lane & 3, pieces = width / 8;
   const uint8_t* from = layer + (size_t)step.blocks[step.tables[first + t] + block] * 64 * row_bytes;
-#if __CUDA_ARCH__ >= 900
-  // Into the second cache only, where a row that is being written is seen as well.
-  for (int i = threadIdx.x * 128; i < n * row_bytes; i += blockDim.x * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
-#endif
+  auto bring = [&](int begin, int end) {
+    for (int r = begin + warp; r < end; r += WARPS)
+      for (int c = lane; c < pieces; c += 32) {
+        // What lies behind the sequence's end is zero: it is multiplied by zero.
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(rows + r * stride + c * 8)), "l"(from + (size_t)r * row_bytes + c * 16),
+                     "r"(r < n ? 16 : 0)
+                     : "memory");
+      }
+  };
+  int old = max(0, min(64, position + 1 - fresh - block * 64));
+  bring(0, old);
   begin();
-  for (int r = warp; r < 64; r += WARPS)
-    for (int c = lane; c < pieces; c += 32) {
-      uint32_t to = (uint32_t)__cvta_generic_to_shared(rows + r * stride + c * 8);
-      // What lies behind the sequence's end is zero: it is multiplied by zero.
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from + (size_t)r * row_bytes + c * 16), "r"(r < n ? 16 : 0));
-    }
+  bring(old, 64);
   const __nv_bfloat16* query = queries + ((size_t)t * gridDim.y * 16 + blockIdx.y * 16) * width;
   for (int r = warp; r < 16; r += WARPS)
     for (int c = lane; c < pieces; c += 32) {
@@ -205,16 +213,19 @@ extern "C" __global__ void __launch_bounds__(256) attend_block(const __nv_bfloat
   __syncthreads();
   // Two sums take turns, so that a product need not wait for the one before it.
   float turns[2][4] = {}, c[4];
-#pragma unroll 2
-  for (int from_k = 0; from_k < width; from_k += 32)
+  uint32_t a_at = shared_address(own + (lane & 15) * stride + (lane >> 4) * 8), b_at = shared_address(rows + (warp * 8 + (lane & 7)) * stride + (lane >> 3) * 8);
+#pragma unroll 3
+  for (int k = 0; k < width; k += 32) {
+    uint32_t b[4];
+    load_matrices(b, b_at + k * 2);
 #pragma unroll
     for (int turn = 0; turn < 2; turn++) {
-      int k = from_k + turn * 16;
-      if (k >= width) break;
-      const __nv_bfloat16 *a = own + g * stride + k + q4 * 2, *b = rows + (warp * 8 + g) * stride + k + q4 * 2;
-      uint32_t f[4] = {*(const uint32_t*)a, *(const uint32_t*)(a + 8 * stride), *(const uint32_t*)(a + 8), *(const uint32_t*)(a + 8 * stride + 8)};
-      mma(turns[turn], f, *(const uint32_t*)b, *(const uint32_t*)(b + 8));
+      if (k + turn * 16 >= width) break;
+      uint32_t f[4];
+      load_matrices(f, a_at + (k + turn * 16) * 2);
+      mma(turns[turn], f, b[turn * 2], b[turn * 2 + 1]);
     }
+  }
 #pragma unroll
   for (int i = 0; i < 4; i++) c[i] = turns[0][i] + turns[1][i];
   for (int i = 0; i < 4; i++) {
@@ -246,6 +257,7 @@ extern "C" __global__ void __launch_bounds__(256) attend_block(const __nv_bfloat
     f[k][2] = *(const uint32_t*)(a + 8);
     f[k][3] = *(const uint32_t*)(a + 8 * 72 + 8);
   }
+#pragma unroll 4
   for (int column = warp * 8; column < latent; column += WARPS * 8) {
     float o[4] = {};
 #pragma unroll
@@ -601,6 +613,214 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1) attend_rows(const 
         __nv_bfloat16* to = means + ((size_t)(tile + warp) * heads + blockIdx.y * 16 + g + h * 8) * LATENT + (half * 4 + slice) * 64 + j * 8 + t * 2;
         *(__nv_bfloat162*)to = __floats2bfloat162_rn(state.means[slice][j][h * 2] / state.total[h], state.means[slice][j][h * 2 + 1] / state.total[h]);
       }
+#else
+  begin();
+  __trap();
+#endif
+}
+
+// `attend_block` for all blocks of the cache one after the other, and the means of `attend_values`: for so many rows that
+// each may have a multiprocessor. 16 heads of one row. Products are turned: cached rows, or columns of the latent, are
+// the 64 rows of a product, heads its 16 columns. One warpgroup brings cached rows, two multiply: each makes every second
+// product of the scores, whose two sums they then exchange, and half of the latent columns. blockIdx = (heads / 16, row).
+constexpr int QUERY_SQUARE = 16 * 128, WEIGHTS_BYTES = 16 * 128, SCORES_BYTES = 128 * 8 * 4;
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// d = A B + (add ? d : 0) for 16 columns: A of 64 rows, or, TURNED, of 16 rows whose 64 columns follow each other.
+template <int TURNED>
+__device__ __forceinline__ void wgmma_of_heads(float (&d)[2][4], uint64_t a, uint64_t b, int add) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %10, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, %11, 0;}"
+               : SUMS4(0), SUMS4(1)
+               : "l"(a), "l"(b), "r"(add), "n"(TURNED));
+}
+// The 128 threads of a warpgroup that multiplies.
+__device__ __forceinline__ void meet(int half) { asm volatile("bar.sync %0, 128;" ::"r"(half + 1) : "memory"); }
+
+// What a warpgroup's warps tell each other of a block: largest scores, sums of weights by every second row, and weights
+// where wgmma reads them.
+struct Told {
+  float most[4][16];
+  float sums[4][16][4];
+  float totals[16];
+};
+
+// A thread knows of heads 8j + 2t + c; its warp, of one of these, the sum of all weights.
+struct HeadState {
+  float means[4][2][4];
+  int exponent[2][2];
+  float total;
+};
+
+// Scores of a block to weights, and the factors that join it to what is known so far.
+__device__ __forceinline__ void weigh(HeadState& state, const float (&own)[2][4], const float (&other)[2][4], int n, float scale, Told& told, uint8_t* weights, int half,
+                                      float (&share)[2][2], float (&shrink)[2][2]) {
+  int warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  float s[2][4];
+#pragma unroll
+  for (int j = 0; j < 2; j++)
+#pragma unroll
+    for (int c = 0; c < 4; c++) s[j][c] = warp * 16 + (c >> 1) * 8 + g < n ? __fmul_rn(own[j][c] + other[j][c], scale) : -INFINITY;
+#pragma unroll
+  for (int j = 0; j < 2; j++)
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+      float most = fmaxf(s[j][c], s[j][c + 2]);
+#pragma unroll
+      for (int o = 4; o < 32; o *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+      if (g == 0) told.most[warp][j * 8 + t * 2 + c] = most;
+    }
+  meet(half);
+#pragma unroll
+  for (int j = 0; j < 2; j++)
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+      int head = j * 8 + t * 2 + c;
+      float most = fmaxf(fmaxf(told.most[0][head], told.most[1][head]), fmaxf(told.most[2][head], told.most[3][head]));
+      int exponent = exponent_of(most), both = max(exponent, state.exponent[j][c]);
+      share[j][c] = power_of_two(exponent - both);
+      shrink[j][c] = power_of_two(state.exponent[j][c] - both);
+      state.exponent[j][c] = both;
+      float sum[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        __nv_bfloat16 w = __float2bfloat16_rn(exp2f(s[j][c + i * 2] - exponent));
+        int column = (warp * 16 + i * 8 + g) * 2;
+        *(__nv_bfloat16*)(weights + head * 128 + (column ^ (head & 7) << 4)) = w;
+        // In the order of `take_block`: rows beside each other, then those 8, 16 and 32 apart, then 2 and 4.
+        float weight = __bfloat162float(w);
+        sum[i] = weight + __shfl_xor_sync(~0u, weight, 4);
+      }
+      if ((g & 1) == 0) told.sums[warp][head][g >> 1] = sum[0] + sum[1];
+    }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  meet(half);
+  int head = (warp >> 1) * 8 + t * 2 + (warp & 1);
+  float4 of_warp[4];
+#pragma unroll
+  for (int w = 0; w < 4; w++) of_warp[w] = *(const float4*)told.sums[w][head];
+  auto joined = [&](float a, float b, float c, float d) { return (a + b) + (c + d); };
+  float total = joined(joined(of_warp[0].x, of_warp[1].x, of_warp[2].x, of_warp[3].x), joined(of_warp[0].y, of_warp[1].y, of_warp[2].y, of_warp[3].y),
+                       joined(of_warp[0].z, of_warp[1].z, of_warp[2].z, of_warp[3].z), joined(of_warp[0].w, of_warp[1].w, of_warp[2].w, of_warp[3].w));
+  float own_share = warp & 1 ? share[0][1] : share[0][0], own_shrink = warp & 1 ? shrink[0][1] : shrink[0][0];
+  if (warp & 2) {
+    own_share = warp & 1 ? share[1][1] : share[1][0];
+    own_shrink = warp & 1 ? shrink[1][1] : shrink[1][0];
+  }
+  state.total = fmaf(own_share, total, state.total * own_shrink);
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1) attend_row(const __nv_bfloat16* queries, Step step, const uint8_t* layer, int first, int heads, int row_bytes,
+                                                                         int fresh, float softmax_scale, __nv_bfloat16* means) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(128) uint8_t bytes[];
+  __shared__ uint64_t full[2], empty[2];
+  __shared__ __align__(16) Told told[2];
+  // Cached rows in two turns, queries, weights, scores in two turns.
+  uint8_t* cached = bytes + (-shared_address(bytes) & 1023);
+  uint8_t* own = cached + 2 * SQUARES * SQUARE;
+  uint8_t* weights = own + SQUARES * QUERY_SQUARE;
+  // The arrays of the step came before all kernels of the step.
+  int t = blockIdx.y, position = step.positions[first + t], blocks = (position >> 6) + 1;
+  if (threadIdx.x == 0)
+    for (int i = 0; i < 2; i++) {
+      barrier_init(&full[i], 128);
+      barrier_init(&empty[i], 8);
+    }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    const int* table = step.blocks + step.tables[first + t];
+    auto bring = [&](int b) {
+      bring_squares(shared_address(cached + (b & 1) * SQUARES * SQUARE), layer + (size_t)table[b] * 64 * row_bytes, row_bytes, position + 1 - b * 64);
+    };
+    auto land = [&](int b) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&full[b & 1])) : "memory"); };
+    // At most the last `fresh` rows of a sequence are appended in this step.
+    bool old = 64 + fresh <= position + 1;
+    if (old) bring(0);
+    begin();
+    int r = threadIdx.x >> 3, chunk = threadIdx.x & 7;
+    const uint8_t* query = (const uint8_t*)(queries + ((size_t)t * heads + blockIdx.x * 16 + r) * WIDTH) + chunk * 16;
+#pragma unroll
+    for (int s = 0; s < SQUARES; s++) copy_async<16>(shared_address(own) + s * QUERY_SQUARE + r * 128 + ((chunk ^ (r & 7)) << 4), query + s * 128);
+    if (!old) bring(0);
+    land(0);
+#pragma unroll 1
+    for (int b = 1; b < blocks; b++) {
+      barrier_wait(&empty[b & 1], (b >> 1 & 1) ^ 1);
+      bring(b);
+      land(b);
+    }
+    // Nobody leaves while its copies are under way.
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    return;
+  }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  int warp = threadIdx.x >> 5 & 3, half = (threadIdx.x >> 7) - 1, lane = threadIdx.x & 31, g = lane >> 2, t4 = lane & 3;
+  uint8_t *own_weights = weights + half * WEIGHTS_BYTES, *scores_at = weights + 2 * WEIGHTS_BYTES;
+  uint64_t q = descriptor(shared_address(own)), p = descriptor(shared_address(own_weights));
+  HeadState state;
+#pragma unroll
+  for (int slice = 0; slice < 4; slice++) fill(state.means[slice]);
+  state.total = 0;
+#pragma unroll
+  for (int j = 0; j < 2; j++)
+#pragma unroll
+    for (int c = 0; c < 2; c++) state.exponent[j][c] = EXPONENT_MIN;
+#pragma unroll 1
+  for (int b = 0; b < blocks; b++) {
+    float scores[2][4], other[2][4], share[2][2], shrink[2][2];
+    uint32_t rows_at = shared_address(cached + (b & 1) * SQUARES * SQUARE);
+    uint64_t k = descriptor(rows_at);
+    barrier_wait(&full[b & 1], b >> 1 & 1);
+    // The copies were made by others, in words; the tensor cores see them behind this.
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int s = 0; s < SQUARES; s++)
+#pragma unroll
+      for (int i = 0; i < 4; i += 2)
+        wgmma_of_heads<0>(scores, k + s * (SQUARE / 16) + (i + half) * 2, q + s * (QUERY_SQUARE / 16) + (i + half) * 2, s || i);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    multiplied<0>();
+    float4* exchanged = (float4*)(scores_at + (b & 1) * 2 * SCORES_BYTES) + (threadIdx.x & 127);
+#pragma unroll
+    for (int j = 0; j < 2; j++) exchanged[(half * 2 + j) * 128] = make_float4(scores[j][0], scores[j][1], scores[j][2], scores[j][3]);
+    asm volatile("bar.sync 3, 256;" ::: "memory");
+#pragma unroll
+    for (int j = 0; j < 2; j++) *(float4*)other[j] = exchanged[((half ^ 1) * 2 + j) * 128];
+    weigh(state, scores, other, position + 1 - b * 64, softmax_scale * LOG2_E, told[half], own_weights, half, share, shrink);
+    float sums[4][2][4];
+    uint64_t v = descriptor(rows_at + half * 4 * SQUARE);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int slice = 0; slice < 4; slice++)
+#pragma unroll
+      for (int s = 0; s < 4; s++) wgmma_of_heads<1>(sums[slice], v + slice * (SQUARE / 16) + s * 128, p + s * 2, s);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    multiplied<0>();
+    if (lane == 0) barrier_arrive(&empty[b & 1]);
+#pragma unroll
+    for (int slice = 0; slice < 4; slice++)
+#pragma unroll
+      for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) state.means[slice][j][c] = fmaf(share[j][c & 1], sums[slice][j][c], state.means[slice][j][c] * shrink[j][c & 1]);
+  }
+  if (g == 0) told[half].totals[(warp >> 1) * 8 + t4 * 2 + (warp & 1)] = state.total;
+  meet(half);
+#pragma unroll
+  for (int j = 0; j < 2; j++)
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+      int head = j * 8 + t4 * 2 + c;
+      float total = told[half].totals[head];
+      __nv_bfloat16* to = means + ((size_t)t * heads + blockIdx.x * 16 + head) * LATENT + half * 256 + warp * 16 + g;
+#pragma unroll
+      for (int slice = 0; slice < 4; slice++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) to[slice * 64 + i * 8] = __float2bfloat16_rn(state.means[slice][j][c + i * 2] / total);
+    }
 #else
   begin();
   __trap();

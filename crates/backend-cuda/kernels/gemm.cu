@@ -201,11 +201,11 @@ struct Codes {
     }
   }
   __device__ __forceinline__ void step(int s, uint32_t* a) const {
-    uint32_t pick = threadIdx.x & 1 ? 0x3424 : 0x1404;
+    uint32_t pick = threadIdx.x & 1 ? picked(2, 3) : picked(0, 1);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      a[h] = bf16_pair(__byte_perm(((const uint32_t*)&low[h])[s], 0, pick));
-      a[h + 2] = bf16_pair(__byte_perm(((const uint32_t*)&high[h])[s], 0, pick));
+      a[h] = bf16_pair(((const uint32_t*)&low[h])[s], pick);
+      a[h + 2] = bf16_pair(((const uint32_t*)&high[h])[s], pick);
     }
   }
 };
@@ -496,22 +496,34 @@ __device__ __forceinline__ void split_gemm(const Products& work) {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
   auto tokens = work.tokens(group);
   int own_tokens = NT / ranks;
-  for (int i = threadIdx.x; i < own_tokens * GEMM_ROWS; i += GEMM_THREADS) {
-    int token = rank * own_tokens + i / GEMM_ROWS, row = i % GEMM_ROWS;
+  // Four rows of a token at a time: each answer of another block takes long.
+  constexpr int FOURS = GEMM_ROWS / 4;
+  int runs = (source.cols + RUN - 1) / RUN;
+  for (int i = threadIdx.x; i < own_tokens * FOURS; i += GEMM_THREADS) {
+    int token = rank * own_tokens + i / FOURS, own = i % FOURS * 4, row = block * GEMM_ROWS + own;
     float* out = tokens.out_row(token);
-    if (!out || block * GEMM_ROWS + row >= source.rows) continue;
-    float sum = 0;
+    if (!out || row >= source.rows) continue;
+    float of_part[WARPS][4], sums[4] = {};
 #pragma unroll
     for (int part = 0; part < WARPS; part++) {
-      int from, to;
-      part_of(source.cols, part, from, to);
-      if (from == to) continue;
-      uint32_t at = shared_address(parts + ((part % of_rank) * NT + token) * PART_STRIDE + row);
-      float v;
-      asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.f32 %0, [a];}" : "=f"(v) : "r"(at), "r"(part / of_rank));
-      sum += v;
+      float* v = of_part[part];
+      asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [a];}"
+                   : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                   : "r"(shared_address(parts + ((part % of_rank) * NT + token) * PART_STRIDE + own)), "r"(part / of_rank));
     }
-    work.put(out + block * GEMM_ROWS + row, sum);
+#pragma unroll
+    for (int part = 0; part < WARPS; part++)
+#pragma unroll
+      for (int c = 0; c < 4; c++) sums[c] += runs * part / WARPS < runs * (part + 1) / WARPS ? of_part[part][c] : 0.0f;
+    if (source.rows % 4 == 0) {
+      float4* to = (float4*)(out + row);
+      float4 before = work.add ? *to : make_float4(0, 0, 0, 0);
+      *to = work.add ? make_float4(before.x + sums[0], before.y + sums[1], before.z + sums[2], before.w + sums[3]) : make_float4(sums[0], sums[1], sums[2], sums[3]);
+    } else {
+#pragma unroll
+      for (int c = 0; c < 4; c++)
+        if (row + c < source.rows) work.put(out + row + c, sums[c]);
+    }
   }
   // Nobody leaves while others read its parts.
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -14,12 +14,18 @@ __device__ __forceinline__ void mma(float* c, const uint32_t* a, uint32_t b0, ui
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// Two FP8 codes, in the upper byte of each half, as two BF16; exact. A code of NaN, which no checkpoint has, becomes 480.
-__device__ __forceinline__ uint32_t bf16_pair(uint32_t codes) {
-  uint32_t bits = (codes & 0x80008000u) | (codes & 0x7f007f00u) >> 4;
-  const uint32_t unit = 0x7b807b80u;  // 2^120: the difference of the exponents' biases
+// Two bytes of a word of FP8 codes as BF16 times 2^-120, which is the difference of the exponents' biases; exact. `pick`
+// names the bytes, each with its sign over the byte above it. A code of NaN, which no checkpoint has, becomes 480.
+__device__ constexpr uint32_t picked(int first, int second) { return (uint32_t)(first | (first | 8) << 4 | second << 8 | (second | 8) << 12); }
+__device__ __forceinline__ uint32_t small_pair(uint32_t codes, uint32_t pick) {
+  uint32_t extended;
+  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(extended) : "r"(codes), "r"(pick));
+  return extended << 4 & 0x87f087f0u;
+}
+__device__ __forceinline__ uint32_t bf16_pair(uint32_t codes, uint32_t pick) {
+  const uint32_t unit = 0x7b807b80u;  // 2^120
   uint32_t v;
-  asm("{fma.rn.bf16x2 %0, %1, %2, %3;}" : "=r"(v) : "r"(bits), "r"(unit), "r"(0x80008000u));
+  asm("{fma.rn.bf16x2 %0, %1, %2, %3;}" : "=r"(v) : "r"(small_pair(codes, pick)), "r"(unit), "r"(0x80008000u));
   return v;
 }
 
@@ -124,15 +130,39 @@ extern "C" __global__ void __launch_bounds__(256) experts_sum_norm(const float* 
     v[j] = make_float4(0, 0, 0, 0);
   }
   begin();
-  for (int c = 0; c < top_k; c++) {
-    int choice = t * top_k + order[t * top_k + c];
-    float weight = weights[choice];
+  // What depends on no choice is asked for first, then the choices together: each answer takes long.
+  float4 own[KEPT], of_shared[KEPT];
+#pragma unroll
+  for (int j = 0; j < KEPT; j++) {
+    int i = min((int)threadIdx.x + j * 256, fours - 1);
+    own[j] = ((const float4*)(out + (size_t)t * width))[i];
+    if (shared) of_shared[j] = ((const float4*)(y + (size_t)(choices + t) * width))[i];
+  }
+#if __CUDA_ARCH__ >= 900
+  constexpr int TOGETHER = 8;
+#else
+  constexpr int TOGETHER = 4;
+#endif
+#pragma unroll 1
+  for (int from = 0; from < top_k; from += TOGETHER) {
+    int choice[TOGETHER];
+    float weight[TOGETHER];
+#pragma unroll
+    for (int c = 0; c < TOGETHER; c++) choice[c] = t * top_k + (from + c < top_k ? order[t * top_k + from + c] : 0);
+#pragma unroll
+    for (int c = 0; c < TOGETHER; c++) weight[c] = weights[choice[c]];
 #pragma unroll
     for (int j = 0; j < KEPT; j++) {
       int i = threadIdx.x + j * 256;
       if (i >= fours) break;
-      float4 a = ((const float4*)(y + (size_t)choice * width))[i];
-      v[j] = make_float4(fmaf(weight, a.x, v[j].x), fmaf(weight, a.y, v[j].y), fmaf(weight, a.z, v[j].z), fmaf(weight, a.w, v[j].w));
+      float4 a[TOGETHER];
+#pragma unroll
+      for (int c = 0; c < TOGETHER; c++)
+        if (from + c < top_k) a[c] = ((const float4*)(y + (size_t)choice[c] * width))[i];
+#pragma unroll
+      for (int c = 0; c < TOGETHER; c++)
+        if (from + c < top_k)
+          v[j] = make_float4(fmaf(weight[c], a[c].x, v[j].x), fmaf(weight[c], a[c].y, v[j].y), fmaf(weight[c], a[c].z, v[j].z), fmaf(weight[c], a[c].w, v[j].w));
     }
   }
   float sum = 0;
@@ -140,14 +170,9 @@ extern "C" __global__ void __launch_bounds__(256) experts_sum_norm(const float* 
   for (int j = 0; j < KEPT; j++) {
     int i = threadIdx.x + j * 256;
     if (i < fours) {
-      if (shared) {
-        float4 a = ((const float4*)(y + (size_t)(choices + t) * width))[i];
-        v[j] = make_float4(v[j].x + a.x, v[j].y + a.y, v[j].z + a.z, v[j].w + a.w);
-      }
-      float4* o = (float4*)(out + (size_t)t * width) + i;
-      float4 a = *o;
-      v[j] = make_float4(a.x + v[j].x, a.y + v[j].y, a.z + v[j].z, a.w + v[j].w);
-      *o = v[j];
+      if (shared) v[j] = make_float4(v[j].x + of_shared[j].x, v[j].y + of_shared[j].y, v[j].z + of_shared[j].z, v[j].w + of_shared[j].w);
+      v[j] = make_float4(own[j].x + v[j].x, own[j].y + v[j].y, own[j].z + v[j].z, own[j].w + v[j].w);
+      ((float4*)(out + (size_t)t * width))[i] = v[j];
     }
     sum = fmaf(v[j].x, v[j].x, fmaf(v[j].y, v[j].y, fmaf(v[j].z, v[j].z, fmaf(v[j].w, v[j].w, sum))));
   }
@@ -182,6 +207,14 @@ extern "C" __global__ void fill_random(uint8_t* out, size_t n, int format, float
   }
 }
 
+// Four weights of an expert's gate, which is F32 or BF16.
+__device__ __forceinline__ float4 gate_weights(const Matrix& m, int expert, int i) {
+  const uint8_t* w = m.data + (size_t)expert * m.row_bytes;
+  if (m.format == F32) return ((const float4*)w)[i];
+  uint2 v = ((const uint2*)w)[i];
+  return make_float4(bf16_bits(v.x & 0xffff), bf16_bits(v.x >> 16), bf16_bits(v.y & 0xffff), bf16_bits(v.y >> 16));
+}
+
 // Router logits in F32 of few rows: a block per expert and row of x, the same sums for any batch. `format` is F32 or BF16, and the
 // columns are a multiple of four.
 __device__ __forceinline__ void gate_logit(const Matrix* gate, const float* x, float* logits) {
@@ -191,12 +224,6 @@ __device__ __forceinline__ void gate_logit(const Matrix* gate, const float* x, f
   const Matrix m = *gate;
   int e = blockIdx.x, t = blockIdx.y, fours = m.cols / 4;
   const float4* row = (const float4*)(x + (size_t)t * m.cols);
-  const uint8_t* w = m.data + (size_t)e * m.row_bytes;
-  auto weights = [&](int i) {
-    if (m.format == F32) return ((const float4*)w)[i];
-    uint2 v = ((const uint2*)w)[i];
-    return make_float4(bf16_bits(v.x & 0xffff), bf16_bits(v.x >> 16), bf16_bits(v.y & 0xffff), bf16_bits(v.y >> 16));
-  };
   float sum = 0;
   auto add = [&](float4 a, float4 b) {
     sum = fmaf(a.x, b.x, sum);
@@ -206,7 +233,7 @@ __device__ __forceinline__ void gate_logit(const Matrix* gate, const float* x, f
   };
   float4 kept[KEPT];
 #pragma unroll
-  for (int j = 0; j < KEPT; j++) kept[j] = weights(min((int)threadIdx.x + j * 128, fours - 1));
+  for (int j = 0; j < KEPT; j++) kept[j] = gate_weights(m, e, min((int)threadIdx.x + j * 128, fours - 1));
   begin_in_order();
 #pragma unroll
   for (int j = 0; j < KEPT; j++) {
@@ -214,7 +241,7 @@ __device__ __forceinline__ void gate_logit(const Matrix* gate, const float* x, f
     if (i < fours) add(row[i], kept[j]);
   }
 #pragma unroll 4
-  for (int i = threadIdx.x + KEPT * 128; i < fours; i += 128) add(row[i], weights(i));
+  for (int i = threadIdx.x + KEPT * 128; i < fours; i += 128) add(row[i], gate_weights(m, e, i));
   sum = block_sum(sum, sums);
   if (threadIdx.x == 0) logits[(size_t)t * m.rows + e] = sum;
 }
@@ -234,16 +261,7 @@ extern "C" __global__ void __launch_bounds__(128) gate_logits(const Matrix* gate
 #pragma unroll
     for (int e = 0; e < EXPERTS; e++)
 #pragma unroll
-      for (int j = 0; j < KEPT; j++) {
-        const uint8_t* p = m.data + (size_t)min(expert + e, m.rows - 1) * m.row_bytes;
-        int i = min(from + j * 128, fours - 1);
-        if (m.format == F32) {
-          w[e][j] = ((const float4*)p)[i];
-        } else {
-          uint2 v = ((const uint2*)p)[i];
-          w[e][j] = make_float4(bf16_bits(v.x & 0xffff), bf16_bits(v.x >> 16), bf16_bits(v.y & 0xffff), bf16_bits(v.y >> 16));
-        }
-      }
+      for (int j = 0; j < KEPT; j++) w[e][j] = gate_weights(m, min(expert + e, m.rows - 1), min(from + j * 128, fours - 1));
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
       const float4* own = (const float4*)(x + (size_t)min(row + r, rows - 1) * m.cols);
@@ -272,14 +290,13 @@ extern "C" __global__ void __launch_bounds__(128) gate_logits(const Matrix* gate
   logits[(size_t)(row + r) * m.rows + expert + e] = sum;
 }
 
-// `gate_logits` and then `route`: the last block of a row chooses. `arrived` counts a row's blocks; it is zero before and
-// after.
-extern "C" __global__ void __launch_bounds__(128, 8) gate_and_route(const Matrix* gate, const float* x, float* logits, unsigned* arrived, const float* bias,
-                                                                 Router r, int* ids, float* weights, int* order, int* list, Tile* tiles) {
+// The last block of a row chooses, when `gate_logit` of all of them is done. `arrived` counts a row's blocks; it is zero
+// before and after.
+__device__ __forceinline__ void route_last(const float* logits, unsigned* arrived, const float* bias, const Router& r, int* ids, float* weights, int* order, int* list,
+                                           Tile* tiles) {
   extern __shared__ __align__(16) float room[];
   __shared__ bool last;
   int t = blockIdx.y;
-  gate_logit(gate, x, logits);
   if (threadIdx.x == 0) {
     __threadfence();
     last = atomicAdd(&arrived[t], 1) + 1 == gridDim.x;
@@ -288,5 +305,81 @@ extern "C" __global__ void __launch_bounds__(128, 8) gate_and_route(const Matrix
   __syncthreads();
   if (!last || threadIdx.x >= 32) return;
   if (threadIdx.x == 0) arrived[t] = 0;
-  route_row(room, t, logits, bias, r, ids, weights, order, list, tiles);
+  // Other blocks have written them.
+  auto logit = [&](int e) { return __ldcg(logits + (size_t)t * r.experts + e); };
+  route_row(room, t, logit, bias, r, ids, weights, order, list, tiles);
+}
+
+// `gate_logits` and then `route`.
+extern "C" __global__ void __launch_bounds__(128, 8) gate_and_route(const Matrix* gate, const float* x, float* logits, unsigned* arrived, const float* bias,
+                                                                 Router r, int* ids, float* weights, int* order, int* list, Tile* tiles) {
+  gate_logit(gate, x, logits);
+  route_last(logits, arrived, bias, r, ids, weights, order, list, tiles);
+}
+
+// `rms_norm`, `gate_logits` and `route` of a row of at most 2,048 whole fours and at most 64 experts: the eight blocks of a
+// cluster, with an expert a warp, make the norm each, and the first of them chooses. The sums are those of the other
+// kernels' threads. Only on Hopper and later. blockIdx = (experts / 8, row).
+extern "C" __global__ void __launch_bounds__(256) norm_gate_and_route(const float* x, const float* norm, float eps, float* normed, __nv_bfloat16* rounded,
+                                                                      const Matrix* gate, const float* bias, Router r, int* ids, float* weights, int* order, int* list,
+                                                                      Tile* tiles) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(16) float room[];
+  __shared__ float4 row[512];
+  __shared__ float sums[32], logits[64];
+  const Matrix m = *gate;
+  int t = blockIdx.y, fours = m.cols / 4, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, e = blockIdx.x * 8 + warp;
+  float4 n[2], v[2], w[16];
+  // Says that this block runs: its shared memory may be written by others, who wait for that below.
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#pragma unroll
+  for (int j = 0; j < 2; j++) n[j] = ((const float4*)norm)[min((int)threadIdx.x + j * 256, fours - 1)];
+#pragma unroll
+  for (int j = 0; j < 16; j++) w[j] = gate_weights(m, min(e, m.rows - 1), min(lane + j * 32, fours - 1));
+  begin();
+  float sum = 0;
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    int i = threadIdx.x + j * 256;
+    v[j] = i < fours ? ((const float4*)(x + (size_t)t * m.cols))[i] : make_float4(0, 0, 0, 0);
+    sum = fmaf(v[j].x, v[j].x, fmaf(v[j].y, v[j].y, fmaf(v[j].z, v[j].z, fmaf(v[j].w, v[j].w, sum))));
+  }
+  float scale = 1.0f / sqrtf(block_sum(sum, sums) / (float)m.cols + eps);
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    int i = threadIdx.x + j * 256;
+    float4 y = make_float4(n[j].x * (v[j].x * scale), n[j].y * (v[j].y * scale), n[j].z * (v[j].z * scale), n[j].w * (v[j].w * scale));
+    row[i] = y;
+    if (blockIdx.x > 0 || i >= fours) continue;
+    ((float4*)(normed + (size_t)t * m.cols))[i] = y;
+    if (rounded) {
+      __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(y.x, y.y), __floats2bfloat162_rn(y.z, y.w)};
+      ((uint2*)(rounded + (size_t)t * m.cols))[i] = *(const uint2*)pair;
+    }
+  }
+  __syncthreads();
+  // Those of four threads of a block of `gate_logit`.
+  float quarters[4] = {}, logit = 0;
+#pragma unroll
+  for (int j = 0; j < 16; j++) {
+    if (lane + j * 32 >= fours) break;
+    float4 y = row[lane + j * 32];
+    float& q = quarters[j & 3];
+    q = fmaf(y.x, w[j].x, q);
+    q = fmaf(y.y, w[j].y, q);
+    q = fmaf(y.z, w[j].z, q);
+    q = fmaf(y.w, w[j].w, q);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) logit += warp_sum(quarters[i]);
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (lane == 0 && e < m.rows)
+    asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %0, 0; st.shared::cluster.f32 [a], %1;}" ::"r"(shared_address(&logits[e])), "f"(logit) : "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (blockIdx.x > 0 || warp > 0) return;
+  route_row(room, t, [&](int expert) { return logits[expert]; }, bias, r, ids, weights, order, list, tiles);
+#else
+  begin();
+  __trap();
+#endif
 }

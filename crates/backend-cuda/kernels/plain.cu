@@ -323,17 +323,23 @@ struct Router {
 // Most experts that a token chooses for which the choices stay in shared memory.
 constexpr int CHOICES_MAX = 32;
 
+// A number that orders as the score does; NaN as the lowest.
+__device__ __forceinline__ uint32_t order_of(float score) {
+  uint32_t bits = __float_as_uint((score == score ? score : -INFINITY) + 0.0f);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
 // Scores, groups, choices of row t by one warp. Shared memory: two floats and a byte per expert, a float and a byte per
 // group. A single row is its own sorting by expert: `list` and `tiles`, if they are given, are those of `moe_group`.
-__device__ __forceinline__ void route_row(float* room, int t, const float* logits, const float* bias, const Router& r, int* ids, float* weights, int* order, int* list,
+template <class Logit>
+__device__ __forceinline__ void route_row(float* room, int t, const Logit& logit, const float* bias, const Router& r, int* ids, float* weights, int* order, int* list,
                           Tile* tiles) {
   __shared__ int near[CHOICES_MAX];
   float *scores = room, *choice = room + r.experts, *ranks = choice + r.experts;
   uint8_t *taken = (uint8_t*)(ranks + r.groups), *kept = taken + r.experts;
   int lane = threadIdx.x & 31;
-  // Other blocks of the same kernel may have written them.
 #pragma unroll 1
-  for (int e = lane; e < r.experts; e += 32) choice[e] = __ldcg(logits + (size_t)t * r.experts + e);
+  for (int e = lane; e < r.experts; e += 32) choice[e] = logit(e);
   __syncwarp();
   const float* z = choice;
   if (r.sigmoid) {
@@ -344,12 +350,22 @@ __device__ __forceinline__ void route_row(float* room, int t, const float* logit
   #pragma unroll 1
   for (int e = lane; e < r.experts; e += 32) most = fmaxf(most, z[e]);
     for (int o = 16; o; o >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
-    double sum = 0;
-  #pragma unroll 1
-  for (int e = lane; e < r.experts; e += 32) sum += exp((double)z[e] - (double)most);
+    // The first two of a lane side by side, and only once.
+    double sum = 0, kept[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      int e = lane + i * 32;
+      kept[i] = e < r.experts ? exp((double)z[e] - (double)most) : 0.0;
+    }
+    sum = kept[0] + kept[1];
+#pragma unroll 1
+    for (int e = lane + 64; e < r.experts; e += 32) sum += exp((double)z[e] - (double)most);
     for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
-  #pragma unroll 1
-  for (int e = lane; e < r.experts; e += 32) scores[e] = (float)(exp((double)z[e] - (double)most) / sum);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      if (lane + i * 32 < r.experts) scores[lane + i * 32] = (float)(kept[i] / sum);
+#pragma unroll 1
+    for (int e = lane + 64; e < r.experts; e += 32) scores[e] = (float)(exp((double)z[e] - (double)most) / sum);
   }
 #pragma unroll 1
   for (int e = lane; e < r.experts; e += 32) {
@@ -387,14 +403,35 @@ __device__ __forceinline__ void route_row(float* room, int t, const float* logit
   float sum = 0;
   int* far = ids + (size_t)t * r.top_k;
   int* chosen = r.top_k <= CHOICES_MAX ? near : far;
-  for (int j = 0; j < r.top_k; j++) {
-    int e = warp_best(choice, taken, r.experts);
-    if (lane == 0) {
-      chosen[j] = far[j] = e;
-      taken[e] = 1;
+  if (r.experts <= 64 && r.top_k <= CHOICES_MAX) {
+    // In the order of `warp_best`, as numbers that order as the scores do; nothing is below those that are taken.
+    uint32_t keys[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      int e = lane + i * 32;
+      keys[i] = e < r.experts && !taken[e] ? order_of(choice[e]) : 0;
     }
-    sum += scores[e];
+#pragma unroll 1
+    for (int j = 0; j < r.top_k; j++) {
+      uint32_t most = __reduce_max_sync(~0u, max(keys[0], keys[1]));
+      unsigned low = __ballot_sync(~0u, keys[0] == most), high = __ballot_sync(~0u, keys[1] == most);
+      int e = low ? __ffs(low) - 1 : 31 + __ffs(high);
+      if (lane == e) keys[0] = 0;
+      if (lane + 32 == e) keys[1] = 0;
+      if (lane == 0) chosen[j] = far[j] = e;
+      sum += scores[e];
+    }
     __syncwarp();
+  } else {
+    for (int j = 0; j < r.top_k; j++) {
+      int e = warp_best(choice, taken, r.experts);
+      if (lane == 0) {
+        chosen[j] = far[j] = e;
+        taken[e] = 1;
+      }
+      sum += scores[e];
+      __syncwarp();
+    }
   }
   float norm = r.normalize && r.top_k > 1 ? sum + 1e-20f : 1.0f;
   for (int j = lane; j < r.top_k; j += 32) {
@@ -413,7 +450,7 @@ __device__ __forceinline__ void route_row(float* room, int t, const float* logit
 extern "C" __global__ void route(const float* logits, const float* bias, Router r, int* ids, float* weights, int* order, int* list, Tile* tiles) {
   begin();
   extern __shared__ __align__(16) float room[];
-  route_row(room, blockIdx.x, logits, bias, r, ids, weights, order, list, tiles);
+  route_row(room, blockIdx.x, [&](int e) { return logits[(size_t)blockIdx.x * r.experts + e]; }, bias, r, ids, weights, order, list, tiles);
 }
 
 // out[i] = x[rows[i]]; a block per row.

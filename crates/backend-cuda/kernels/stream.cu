@@ -7,14 +7,15 @@
 // A stage is a run of 128 columns in BF16, two runs in FP8, of 16 rows of weights.
 constexpr int STAGE_ROW_BYTES = 256;
 constexpr int STAGE_BYTES = 16 * STAGE_ROW_BYTES;
-// Two blocks on a multiprocessor of Hopper ask for 192 KiB together; the older ones have less shared memory.
-#if __CUDA_ARCH__ >= 900
+// Two blocks on a multiprocessor of Hopper ask for 192 KiB together; the others have less shared memory.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 constexpr int STAGES = 3;
+// FP8 runs that are multiplied side by side; elsewhere there are not registers enough for two.
+constexpr int BESIDE = 2;
 #else
 constexpr int STAGES = 2;
+constexpr int BESIDE = 1;
 #endif
-// Floats between two tokens of a part's sums: no two lanes meet in a bank.
-constexpr int TOKEN_STRIDE = 20;
 
 // The tiles of a block in one phase: some that follow each other, so that most have their source in common.
 struct Walk {
@@ -48,9 +49,12 @@ struct Ring {
   static constexpr int RUN_BYTES = FORMAT == BF16 ? RUN * 2 : RUN;
   static constexpr int RUNS = STAGE_ROW_BYTES / RUN_BYTES;
   uint8_t* slots;
+  // FP8: the scales of a stage's runs, of both matrices each.
+  float* scales;
   Source source;
   Walk walk, late;
   const uint8_t* rows[2];
+  const float* scales_of_rows[2];
   int last[2], loaded = -1, at = 0, end = 0, slot = 0;
 
   // Asks for the next stage; whether there was one.
@@ -70,6 +74,7 @@ struct Ring {
         int row = min(walk.block * Work::STEP + h * Work::OFFSET, source.rows - 1);
         rows[h] = source.data[h] + (size_t)row * source.row_bytes;
         last[h] = source.rows - 1 - row;
+        if constexpr (FORMAT != BF16) scales_of_rows[h] = source.scales[h] + (size_t)(row >> 7) * ((source.cols + 127) >> 7);
       }
       part_of_warp(source.cols, at, end);
       walk.step();
@@ -83,6 +88,13 @@ struct Ring {
         uint32_t to = (uint32_t)__cvta_generic_to_shared(slots + slot * STAGE_BYTES + r * STAGE_ROW_BYTES + ((chunk ^ swap_of<FORMAT>(r)) << 4));
         asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
       }
+    }
+    if constexpr (FORMAT != BF16) {
+      // A lane's scale is that of the first matrix, or of the second for odd lanes.
+      int64_t apart = (lane & 1) * (scales_of_rows[1] - scales_of_rows[0]);
+      int run = at + (lane >> 1);
+      if (lane < 2 * RUNS && run < end)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(scales + slot * 2 * RUNS + lane)), "l"(scales_of_rows[0] + apart + run) : "memory");
     }
     at += RUNS;
     slot = slot + 1 == STAGES ? 0 : slot + 1;
@@ -99,6 +111,11 @@ __device__ __forceinline__ uint2 staged_four(const uint8_t* stage, int row, int 
   return *(const uint2*)(stage + row * STAGE_ROW_BYTES + (((sixteen * 2 + (t >> 1)) ^ swap_of<BF16>(row)) << 4) + (t & 1) * 8);
 }
 
+// Two BF16 times 2^64.
+__device__ __forceinline__ uint32_t larger(uint32_t pair) {
+  __nv_bfloat162 v = __hmul2(*(const __nv_bfloat162*)&pair, __float2bfloat162_rn(0x1p64f));
+  return *(const uint32_t*)&v;
+}
 // A lane's columns of x in one run.
 template <int FORMAT, int NT>
 __device__ __forceinline__ void bring_x(const __nv_bfloat16* const* xs, int run, int to, int cols, uint4 (*b)[NT]) {
@@ -115,65 +132,73 @@ __device__ __forceinline__ void bring_x(const __nv_bfloat16* const* xs, int run,
         uint2 low = *(const uint2*)(xs[j] + k), high = *(const uint2*)(xs[j] + k + 16);
         b[s][j] = make_uint4(low.x, low.y, high.x, high.y);
       } else {
-        b[s][j] = *(const uint4*)(xs[j] + k);
+        // Two pieces of two columns side by side, as the pairs of codes are. The codes' exponents are 120 too small: 64 of
+        // that are put here, the rest at the end.
+        uint4 v = *(const uint4*)(xs[j] + k);
+        b[s][j] = make_uint4(larger(__byte_perm(v.x, v.y, 0x5410)), larger(__byte_perm(v.x, v.y, 0x7632)), larger(__byte_perm(v.z, v.w, 0x5410)),
+                             larger(__byte_perm(v.z, v.w, 0x7632)));
       }
     }
   }
 }
 
-// One run of a stage, `first` chunks into it, added to the sums; `whole` unless the row ends half way.
-template <int FORMAT, int NT>
-__device__ __forceinline__ void add_run(const uint8_t* stage, int first, const uint4 (*b)[NT], bool whole, const float* scale, float (*sums)[4]) {
+// A run of BF16 added to the sums; `whole` unless the row ends half way.
+template <int NT>
+__device__ __forceinline__ void add_bf16(const uint8_t* stage, const uint4 (*b)[NT], bool whole, float (*sums)[4]) {
   int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
-  if constexpr (FORMAT == BF16) {
 #pragma unroll
-    for (int s = 0; s < 4; s++) {
-      if (s == 2 && !whole) break;
-      uint2 low[2] = {staged_four(stage, g, s * 2, t), staged_four(stage, g, s * 2 + 1, t)};
-      uint2 high[2] = {staged_four(stage, g + 8, s * 2, t), staged_four(stage, g + 8, s * 2 + 1, t)};
-      uint32_t a[4] = {low[0].x, high[0].x, low[0].y, high[0].y}, c[4] = {low[1].x, high[1].x, low[1].y, high[1].y};
+  for (int s = 0; s < 4; s++) {
+    if (s == 2 && !whole) break;
+    uint2 low[2] = {staged_four(stage, g, s * 2, t), staged_four(stage, g, s * 2 + 1, t)};
+    uint2 high[2] = {staged_four(stage, g + 8, s * 2, t), staged_four(stage, g + 8, s * 2 + 1, t)};
+    uint32_t a[4] = {low[0].x, high[0].x, low[0].y, high[0].y}, c[4] = {low[1].x, high[1].x, low[1].y, high[1].y};
 #pragma unroll
-      for (int j = 0; j < NT; j++) {
-        mma(sums[j], a, b[s][j].x, b[s][j].y);
-        mma(sums[j], c, b[s][j].z, b[s][j].w);
-      }
+    for (int j = 0; j < NT; j++) {
+      mma(sums[j], a, b[s][j].x, b[s][j].y);
+      mma(sums[j], c, b[s][j].z, b[s][j].w);
     }
-  } else {
-    float part[NT][4] = {};
+  }
+}
+
+// The same of COUNT runs of FP8 beside each other, from run `first` of the stage on, so that no product waits for the one
+// before it. Only the last of them can be half a run.
+template <int COUNT, int NT>
+__device__ __forceinline__ void add_fp8(const uint8_t* stage, int first, const uint4 (*b)[4][NT], bool whole, const float* scale, float (*sums)[4]) {
+  int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+  float part[COUNT][NT][4] = {};
 #pragma unroll
-    for (int s = 0; s < 2; s++) {
-      if (s == 1 && !whole) break;
-      uint4 codes[2] = {staged_codes(stage, g, first + s * 4 + t), staged_codes(stage, g + 8, first + s * 4 + t)};
+  for (int s = 0; s < 2; s++) {
+    uint4 codes[COUNT][2];
 #pragma unroll
-      for (int quarter = 0; quarter < 4; quarter++) {
-        uint32_t low = (&codes[0].x)[quarter], high = (&codes[1].x)[quarter];
-        uint32_t f[4] = {bf16_pair(low << 8), bf16_pair(high << 8), bf16_pair(low), bf16_pair(high)};
+    for (int r = 0; r < COUNT; r++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) codes[r][h] = staged_codes(stage, g + h * 8, (first + r) * 8 + s * 4 + t);
+#pragma unroll
+    for (int quarter = 0; quarter < 4; quarter++)
+#pragma unroll
+      for (int r = 0; r < COUNT; r++) {
+        if (s == 1 && r == COUNT - 1 && !whole) continue;
+        uint32_t low = (&codes[r][0].x)[quarter], high = (&codes[r][1].x)[quarter];
+        uint32_t f[4] = {small_pair(low, picked(0, 2)), small_pair(high, picked(0, 2)), small_pair(low, picked(1, 3)), small_pair(high, picked(1, 3))};
 #pragma unroll
         for (int j = 0; j < NT; j++) {
-          const uint32_t* v = &b[s * 2 + (quarter >> 1)][j].x + (quarter & 1) * 2;
-          mma(part[j], f, __byte_perm(v[0], v[1], 0x5410), __byte_perm(v[0], v[1], 0x7632));
+          const uint32_t* v = &b[r][s * 2 + (quarter >> 1)][j].x + (quarter & 1) * 2;
+          mma(part[r][j], f, v[0], v[1]);
         }
       }
-    }
+  }
+#pragma unroll
+  for (int r = 0; r < COUNT; r++)
 #pragma unroll
     for (int j = 0; j < NT; j++)
 #pragma unroll
-      for (int c = 0; c < 4; c++) sums[j][c] = fmaf(part[j][c], scale[c >> 1], sums[j][c]);
-  }
-}
-
-// A value of the sums: the eight parts in order.
-template <int NT>
-__device__ __forceinline__ float streamed(const float* room, int token, int row) {
-  float sum = 0;
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) sum += room[(w * NT * 8 + token) * TOKEN_STRIDE + row];
-  return sum;
+      for (int c = 0; c < 4; c++) sums[j][c] = fmaf(part[r][j][c], scale[r * 2 + (c >> 1)] * 0x1p56f, sums[j][c]);
 }
 
 // All tiles of `work` that are this block's, NT times 8 tokens each. The weights of the early ones may be asked for
-// before the kernels in front are done; with `ready` they may even be multiplied.
-template <int FORMAT, int NT, class Work>
+// before the kernels in front are done, those of the late ones too if all is KNOWN; with `ready` the early ones may even
+// be multiplied. IN_ORDER: what those in front of this kernel wrote is known to the next one.
+template <int FORMAT, int NT, bool KNOWN, bool IN_ORDER, class Work>
 __device__ __forceinline__ void stream(const Work& work, bool ready) {
   extern __shared__ __align__(128) uint8_t bytes[];
   constexpr int PART = NT * 8 * TOKEN_STRIDE;
@@ -183,19 +208,28 @@ __device__ __forceinline__ void stream(const Work& work, bool ready) {
   float *rooms = (float*)(bytes + WARPS * STAGES * STAGE_BYTES), *room = rooms;
   R ring;
   ring.slots = bytes + warp * STAGES * STAGE_BYTES;
+  __shared__ __align__(16) float scales[WARPS][STAGES][4];
+  ring.scales = scales[warp][0];
   Walk walk, late;
   {
     int tiles = work.early_groups * work.early_blocks, b = blockIdx.x, n = gridDim.x;
     walk.over((int)((int64_t)tiles * b / n), (int)((int64_t)tiles * (b + 1) / n), work.early_blocks, 0);
     ring.walk = walk;
   }
-  auto open = [&] {
-    begin();
+  auto see = [&] {
     // The other way round, so that a block with one early tile more has none more here.
     int tiles = work.late_groups() * work.late_blocks, b = gridDim.x - 1 - blockIdx.x, n = gridDim.x;
     late.over((int)((int64_t)tiles * b / n), (int)((int64_t)tiles * (b + 1) / n), work.late_blocks, work.early_groups);
     ring.late = late;
   };
+  auto open = [&] {
+    if constexpr (IN_ORDER)
+      begin_in_order();
+    else
+      begin();
+    if constexpr (!KNOWN) see();
+  };
+  if constexpr (KNOWN) see();
   Source source;
   const __nv_bfloat16* xs[NT];
   typename Work::Out* out = nullptr;
@@ -207,7 +241,7 @@ __device__ __forceinline__ void stream(const Work& work, bool ready) {
     if (prime) {
       prime = false;
       for (int i = 0; i < STAGES;) {
-        if (!ring.ask(work) && !opened && !ready) {
+        if (!ring.ask(work) && !KNOWN && !opened && !ready) {
           open();
           opened = true;
           continue;
@@ -241,37 +275,35 @@ __device__ __forceinline__ void stream(const Work& work, bool ready) {
       part_of_warp(source.cols, from, to);
     }
     float sums[NT][4] = {};
-    const float* scales[2] = {};
-    if constexpr (FORMAT != BF16) {
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        int row = min(walk.block * Work::STEP + h * Work::OFFSET, source.rows - 1);
-        scales[h] = source.scales[h] + (size_t)(row >> 7) * ((source.cols + 127) >> 7);
-      }
-    }
 #pragma unroll 1
     for (int run = from; run < to; run += R::RUNS) {
-      float scale[R::RUNS][2] = {};
 #pragma unroll
-      for (int r = 0; r < R::RUNS; r++) {
-        if constexpr (FORMAT != BF16) {
-#pragma unroll
-          for (int h = 0; h < 2; h++) scale[r][h] = run + r < to ? scales[h][run + r] : 0.0f;
-        }
+      for (int r = 0; r < R::RUNS; r++)
         if constexpr (NT == 1) {
           if (fresh || to - from > R::RUNS) bring_x<FORMAT, NT>(xs, run + r, to, source.cols, x[r]);
         }
-      }
       asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
       __syncwarp();
       const uint8_t* at = ring.slots + slot * STAGE_BYTES;
+      const float* of_stage = scales[warp][slot];
+      float scale[4];
+      if constexpr (BESIDE == 2) *(float4*)scale = *(const float4*)of_stage;
+      auto whole = [&](int runs) { return (run + runs) * RUN <= source.cols; };
+      if constexpr (FORMAT == BF16) {
+        if constexpr (NT > 1) bring_x<FORMAT, NT>(xs, run, to, source.cols, x[0]);
+        add_bf16<NT>(at, x[0], whole(1), sums);
+      } else if constexpr (NT == 1 && BESIDE == 2) {
+        if (run + 1 < to)
+          add_fp8<2, NT>(at, 0, x, whole(2), scale, sums);
+        else
+          add_fp8<1, NT>(at, 0, x, whole(1), scale, sums);
+      } else {
 #pragma unroll
-      for (int r = 0; r < R::RUNS; r++) {
-        if (run + r >= to) break;
-        if constexpr (NT > 1) {
-          bring_x<FORMAT, NT>(xs, run + r, to, source.cols, x[0]);
+        for (int r = 0; r < R::RUNS; r++) {
+          if (run + r >= to) break;
+          if constexpr (NT > 1) bring_x<FORMAT, NT>(xs, run + r, to, source.cols, x[0]);
+          add_fp8<1, NT>(at, r, x + (NT > 1 ? 0 : r), whole(r + 1), BESIDE == 2 ? scale + r * 2 : of_stage + r * 2, sums);
         }
-        add_run<FORMAT, NT>(at, r * 8, x[NT == 1 ? r : 0], (run + r + 1) * RUN <= source.cols, scale[r], sums);
       }
       __syncwarp();
       slot = slot + 1 == STAGES ? 0 : slot + 1;
@@ -297,27 +329,35 @@ __device__ __forceinline__ void stream(const Work& work, bool ready) {
   }
 }
 
+// A second block would not fit in the shared memory of Blackwell's cards.
+#if __CUDA_ARCH__ >= 1200
+constexpr int STREAM_BLOCKS = 1;
+#else
+constexpr int STREAM_BLOCKS = 2;
+#endif
+
 #define STREAM_PRODUCTS(name, FORMAT, NT)                                                                              \
-  extern "C" __global__ void __launch_bounds__(256, 2) name(const Matrix* first, const Matrix* second, const __nv_bfloat16* x, float* out, \
+  extern "C" __global__ void __launch_bounds__(256, STREAM_BLOCKS) name(const Matrix* first, const Matrix* second, const __nv_bfloat16* x, float* out, \
                                                             float* out_second, int count, int add) {                   \
-    stream<FORMAT, NT>(Products(first, second, x, out, out_second, count, add, 16, 1), false);                         \
+    stream<FORMAT, NT, true, false>(Products(first, second, x, out, out_second, count, add, 16, 1), false);                         \
   }
 STREAM_PRODUCTS(stream_bf16_8, BF16, 1)
 STREAM_PRODUCTS(stream_bf16_16, BF16, 2)
 STREAM_PRODUCTS(stream_fp8_8, F8E4M3, 1)
 STREAM_PRODUCTS(stream_fp8_16, F8E4M3, 2)
 
-// `ready`: x was there before the kernel in front of this one began, which only chooses experts.
+// `ready`: x was there before the kernel in front of this one began, which only chooses experts. `stream_outer` follows
+// `stream_inner`, so the choices are there before it begins.
 #define STREAM_EXPERTS(suffix, FORMAT)                                                                                 \
-  extern "C" __global__ void __launch_bounds__(256, 2) stream_inner_##suffix(                                          \
+  extern "C" __global__ void __launch_bounds__(256, STREAM_BLOCKS) stream_inner_##suffix(                                          \
       const Matrix* experts, const Tile* groups, const int* list, int top_k, const __nv_bfloat16* x, __nv_bfloat16* inner, int inner_max, \
       const Matrix* gate, const Matrix* up, __nv_bfloat16* shared_inner, int count, int cols, int ready) {             \
-    stream<FORMAT, 1>(Inner(experts, groups, list, top_k, x, inner, inner_max, matrix_or_none(gate), matrix_or_none(up), shared_inner, count, cols, 8, 1), ready); \
+    stream<FORMAT, 1, false, true>(Inner(experts, groups, list, top_k, x, inner, inner_max, matrix_or_none(gate), matrix_or_none(up), shared_inner, count, cols, 8, 1), ready); \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256, 2) stream_outer_##suffix(                                          \
+  extern "C" __global__ void __launch_bounds__(256, STREAM_BLOCKS) stream_outer_##suffix(                                          \
       const Matrix* experts, const Tile* groups, const int* list, const __nv_bfloat16* inner, int inner_max, const Matrix* down, \
       const __nv_bfloat16* shared_inner, float* y, int choices, int count, int rows) {                                 \
-    stream<FORMAT, 1>(Outer(experts, groups, list, inner, inner_max, matrix_or_none(down), shared_inner, y, choices, count, rows, 8, 1), false); \
+    stream<FORMAT, 1, true, false>(Outer(experts, groups, list, inner, inner_max, matrix_or_none(down), shared_inner, y, choices, count, rows, 8, 1), false); \
   }
 STREAM_EXPERTS(bf16, BF16)
 STREAM_EXPERTS(fp8, F8E4M3)

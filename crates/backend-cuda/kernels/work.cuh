@@ -139,3 +139,14 @@ struct Outer : Experts {
 
 // A matrix or, in place of none, an empty one.
 __device__ __forceinline__ Matrix matrix_or_none(const Matrix* m) { return m ? *m : Matrix{}; }
+
+// Floats between two tokens of a part's sums: no two lanes meet in a bank.
+constexpr int TOKEN_STRIDE = 20;
+// A value of the sums: the eight parts in order.
+template <int NT>
+__device__ __forceinline__ float streamed(const float* room, int token, int row) {
+  float sum = 0;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) sum += room[(w * NT * 8 + token) * TOKEN_STRIDE + row];
+  return sum;
+}

@@ -27,6 +27,8 @@ pub(crate) struct Device {
     context: Context,
     pub(crate) facts: DeviceFacts,
     functions: Vec<Function>,
+    /// Bytes of shared memory that kernels were allowed: all queues share the kernels.
+    shared_allowed: Mutex<HashMap<Kernel, u32>>,
 }
 
 impl Device {
@@ -62,7 +64,7 @@ impl Device {
         }
         driver.enter(context)?;
         let functions = driver.kernels(FATBIN, Kernel::NAMES)?;
-        Ok(Self { driver, context, facts, functions })
+        Ok(Self { driver, context, facts, functions, shared_allowed: Mutex::default() })
     }
 
     /// Makes the driver calls of this thread go to this device.
@@ -102,6 +104,18 @@ impl Device {
             Product::Fp8 if self.overlaps() => 96,
             Product::Fp8 => 64,
         }
+    }
+
+    /// A kernel that wants more than the usual shared memory must say so once.
+    pub(crate) fn allow_shared(&self, kernel: Kernel, bytes: u32) -> Result<(), Error> {
+        let mut allowed =
+            self.shared_allowed.lock().map_err(|_| Error::Device("allowing memory failed before".into()))?;
+        let most = allowed.entry(kernel).or_default();
+        if *most < bytes {
+            self.driver.allow_shared(self.function(kernel), bytes as usize)?;
+            *most = bytes;
+        }
+        Ok(())
     }
 
     pub(crate) fn function(&self, kernel: Kernel) -> Function {

@@ -43,10 +43,12 @@ kernels! {
     ExpertsSumNorm = "experts_sum_norm",
     GateLogits = "gate_logits",
     GateAndRoute = "gate_and_route",
+    NormGateAndRoute = "norm_gate_and_route",
     Absorb = "absorb",
     RoundQueries = "round_queries",
     AbsorbRows = "absorb_rows",
     AttendBlock = "attend_block",
+    AttendRow = "attend_row",
     AttendRows = "attend_rows",
     ValuesRows = "values_rows",
     AttendValues1 = "attend_values_1",
@@ -137,11 +139,11 @@ mod tests {
                 .unwrap_or_default()
         };
         let wide =
-            |name: &&&str| name.ends_with("_narrow") || name.ends_with("_wide") || name.ends_with("_rows");
+            |name: &&&str| ["_narrow", "_wide", "_rows", "attend_row"].iter().any(|end| name.ends_with(end));
         for name in Kernel::NAMES.iter().filter(wide).filter(|n| !["gather_rows", "round_rows"].contains(n)) {
             assert_eq!(matrix(name, "sm_90a"), "HGMMA", "{name}");
-            // `attend_rows` is for Hopper only.
-            let elsewhere = if *name == "attend_rows" { "-" } else { "HMMA" };
+            // `attend_row` and `attend_rows` are for Hopper only.
+            let elsewhere = if name.starts_with("attend_row") { "-" } else { "HMMA" };
             for target in TARGETS.iter().filter(|t| **t != "sm_90a") {
                 assert_eq!(matrix(name, target), elsewhere, "{name} {target}");
             }

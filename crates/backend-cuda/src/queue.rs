@@ -7,6 +7,7 @@
 use std::{
     collections::HashMap,
     ffi::c_void,
+    hash::{BuildHasherDefault, Hash, Hasher},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -102,12 +103,37 @@ struct Launch {
 }
 
 /// Launches in order, their arguments in two lists.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct List {
     launches: Vec<Launch>,
     words: Vec<u64>,
     /// Index in `words` of each argument.
     starts: Vec<usize>,
+}
+
+/// Only of the arguments: steps that differ, differ there. All else is compared.
+impl Hash for List {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.words.iter().for_each(|w| state.write_u64(*w));
+    }
+}
+
+/// The hash of a list: a multiplication per word, for a step has thousands. Nobody outside chooses the words.
+#[derive(Default)]
+struct WordHasher(u64);
+
+impl Hasher for WordHasher {
+    fn write_u64(&mut self, word: u64) {
+        self.0 = (self.0.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|b| self.write_u64(u64::from(*b)));
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
 }
 
 impl List {
@@ -123,7 +149,7 @@ pub(crate) struct Queue {
     device: Arc<Device>,
     stream: Stream,
     waiting: List,
-    seen: HashMap<List, Option<Graph>>,
+    seen: HashMap<List, Option<Graph>, BuildHasherDefault<WordHasher>>,
     graphs: usize,
     /// Where results come back to.
     pinned: Option<Pinned>,
@@ -139,7 +165,7 @@ impl Queue {
             device,
             stream,
             waiting: List::default(),
-            seen: HashMap::new(),
+            seen: HashMap::default(),
             graphs: 0,
             pinned: None,
             shared_allowed: HashMap::new(),
@@ -191,12 +217,12 @@ impl Queue {
         list.starts.truncate(ends.1);
     }
 
-    /// A kernel that wants more than the usual shared memory must say so once; a refusal shows when it is launched.
+    /// Asks the device for more than the usual shared memory, once; a refusal shows when the kernel is launched.
     fn allow_shared(&mut self, kernel: Kernel, bytes: u32) {
         let allowed = self.shared_allowed.entry(kernel).or_default();
         if *allowed < bytes {
             *allowed = bytes;
-            let asked = self.device.driver.allow_shared(self.device.function(kernel), bytes as usize);
+            let asked = self.device.allow_shared(kernel, bytes);
             self.failed = self.failed.take().or(asked.err());
         }
     }

@@ -64,7 +64,7 @@ fn product(b: &mut dyn Backend, dtype: DType, [n, k]: [usize; 2], rows: usize, t
     all
 }
 
-/// A dense and a routed feed-forward one after the other.
+/// A dense feed-forward, a norm and a routed one.
 fn feed_forward(b: &mut dyn Backend, dtype: DType, rows: usize, together: usize) -> Vec<f32> {
     const WIDTH: usize = 384;
     let mut random = Random::new(4);
@@ -79,8 +79,9 @@ fn feed_forward(b: &mut dyn Backend, dtype: DType, rows: usize, together: usize)
     });
     let experts = b.load_experts((0..ROUTER.experts).map(|_| three(128)).collect()).unwrap();
     let gate = b.load_matrix(random.matrix(DType::F32, ROUTER.experts, WIDTH).unwrap()).unwrap();
+    let norm = b.load_vector(&random.normals(WIDTH)).unwrap();
     let values = held(&mut random, rows * WIDTH);
-    let (x, y) = (b.alloc(together, WIDTH).unwrap(), b.alloc(together, WIDTH).unwrap());
+    let [x, h, y] = [(); 3].map(|()| b.alloc(together, WIDTH).unwrap());
     let routing = b.alloc_routing(together, ROUTER.top_k).unwrap();
     let mut all = Vec::new();
     for chunk in values.chunks(together * WIDTH) {
@@ -89,8 +90,9 @@ fn feed_forward(b: &mut dyn Backend, dtype: DType, rows: usize, together: usize)
         b.write(chunk, y).unwrap();
         b.begin_step(&step(0, rows)).unwrap();
         b.mlp(x, &dense, y).unwrap();
-        b.route(&ROUTER, x, gate, None, routing).unwrap();
-        b.moe(x, routing, experts, Some(&shared), y).unwrap();
+        b.rms_norm(x, norm, 1e-6, h, rows).unwrap();
+        b.route(&ROUTER, h, gate, None, routing).unwrap();
+        b.moe(h, routing, experts, Some(&shared), y).unwrap();
         let mut out = vec![0.0; rows * WIDTH];
         read_now(b, y, rows, &mut out).unwrap();
         all.extend(out);
@@ -134,8 +136,8 @@ fn attention(b: &mut dyn Backend, mla: &MlaShape, length: usize, rows: usize, to
     all
 }
 
-/// Prompts of 5, 7 and 70 rows and two single rows behind 90 others, in one step, or row by row.
-fn sequences(b: &mut dyn Backend, at_once: bool) -> Vec<f32> {
+/// Sequences of so many rows behind so many others, in one step, or row by row.
+fn sequences(b: &mut dyn Backend, lengths: &[(usize, usize)], at_once: bool) -> Vec<f32> {
     let mla = &DEEPSEEK;
     let (width, q_width) = (mla.latent + mla.rope, mla.heads * (mla.nope + mla.rope));
     let mut random = Random::new(7);
@@ -143,14 +145,16 @@ fn sequences(b: &mut dyn Backend, at_once: bool) -> Vec<f32> {
     let kv_b = b.load_kv_b(mla, kv_b).unwrap();
     let norm = b.load_vector(&random.normals(mla.latent)).unwrap();
     let rope = b.load_rope(&vec![0.3; mla.rope / 2], 1.0).unwrap();
-    let lengths = [(0, 5), (90, 1), (0, 7), (0, 70), (90, 1)];
-    let cache = b.alloc_cache(cache_of(mla, 64 * 10)).unwrap();
-    let (kv, q) = (b.alloc(91, width).unwrap(), b.alloc(84, q_width).unwrap());
-    let y = b.alloc(84, mla.heads * mla.value).unwrap();
+    let rows_of_all = lengths.iter().map(|l| l.1).sum();
+    let longest = lengths.iter().map(|l| l.0 + l.1).max().unwrap();
+    let blocks = longest.div_ceil(BLOCK_TOKENS);
+    let cache = b.alloc_cache(cache_of(mla, BLOCK_TOKENS * blocks * lengths.len())).unwrap();
+    let (kv, q) = (b.alloc(longest, width).unwrap(), b.alloc(rows_of_all, q_width).unwrap());
+    let y = b.alloc(rows_of_all, mla.heads * mla.value).unwrap();
     let (mut whole, mut inputs) = (StepInput::default(), Vec::new());
-    for (i, (start, rows)) in lengths.into_iter().enumerate() {
+    for (i, &(start, rows)) in lengths.iter().enumerate() {
         let first_block = whole.blocks.len();
-        whole.blocks.extend([9 - 2 * i as u32, 8 - 2 * i as u32]);
+        whole.blocks.extend((i * blocks..(i + 1) * blocks).rev().map(|b| b as u32));
         let mut earlier = step(0, start + rows);
         earlier.blocks = whole.blocks[first_block..].to_vec();
         b.write(&random.normals((start + rows) * width), kv).unwrap();
@@ -164,7 +168,7 @@ fn sequences(b: &mut dyn Backend, at_once: bool) -> Vec<f32> {
             (0..rows).map(|r| step(start + r, 1)).map(|s| StepInput { blocks: earlier.blocks.clone(), ..s }),
         );
     }
-    let values = held(&mut random, 84 * q_width);
+    let values = held(&mut random, rows_of_all * q_width);
     let steps = if at_once { vec![whole] } else { inputs };
     let mut all = Vec::new();
     for (input, values) in steps.iter().zip(values.chunks(values.len() / steps.len())) {
@@ -298,8 +302,20 @@ fn attention_over_blocks() {
 
 #[test]
 fn sequences_side_by_side() {
-    let run = |b: &mut dyn Backend, together| sequences(b, together > 1);
+    let lengths = [(0, 5), (90, 1), (0, 7), (0, 70), (90, 1)];
+    let run = |b: &mut dyn Backend, together| sequences(b, &lengths, together > 1);
     check("sequences side by side", 3e-2, 84, run);
+}
+
+/// So many that each row gets a multiprocessor of its own, among them a first token, the ends of blocks and rows whose
+/// neighbours are appended in the same step.
+#[test]
+fn many_sequences_side_by_side() {
+    let mut lengths = vec![(0, 1), (63, 1), (64, 1), (127, 1), (128, 1), (61, 3), (126, 3), (700, 1)];
+    lengths.extend((0..32).map(|i| (17 * i, 1)));
+    let rows = lengths.iter().map(|l| l.1).sum();
+    let run = |b: &mut dyn Backend, together| sequences(b, &lengths, together > 1);
+    check("many sequences side by side", 3e-2, rows, run);
 }
 
 #[test]

@@ -38,6 +38,8 @@ const NOPE_MAX: usize = RUN;
 /// rows of a sequence are worth it.
 const ROWS_OF_PROMPT: (usize, usize, usize) = (512, 64, 4);
 const ROWS_OF_PROMPT_MIN: usize = 4;
+/// Sixteens of heads of all rows from which on each has a multiprocessor of its own.
+const ROWS_ALONE_MIN: usize = 32;
 /// From so many rows on, `attend_values` has blocks enough to give each eight rows, which share the weights.
 const VALUES_ROWS_MIN: usize = 64;
 /// What every GPU that is supported gives a block.
@@ -165,10 +167,33 @@ impl CudaBackend {
         Ok(())
     }
 
+    /// Whether there are kernels made for these sizes.
+    fn made_for(&self, shape: &MlaShape) -> bool {
+        let (latent, rope, _) = ROWS_OF_PROMPT;
+        self.device.overlaps() && (shape.latent, shape.rope) == (latent, rope)
+    }
+
+    /// The values of means in BF16.
+    fn values_of_means(
+        &mut self,
+        shape: &MlaShape,
+        kv_b: RoundedKvB,
+        means: u64,
+        (to, rounded): (u64, u64),
+        (first, n): (usize, usize),
+    ) {
+        let MlaShape { heads, value, latent, .. } = *shape;
+        let tokens = self.device.wide(Product::Bf16);
+        let tiles = heads * n.div_ceil(tokens) * value.div_ceil(GEMM_ROWS);
+        let blocks = tiles.min(self.device.multiprocessors());
+        let grid = Shape::new([blocks, 1, 1], GEMM_THREADS).shared(self.gemm_bytes(Product::Bf16, tokens));
+        let arguments = arguments![kv_b.values, means, to, rounded, first, n, heads, value, latent];
+        self.queue.push(Kernel::ValuesRows, grid, arguments);
+    }
+
     /// Rows of the step in order: first, how many, and whether they are rows of prompts.
     fn ranges(&self, shape: &MlaShape) -> Vec<(usize, usize, bool)> {
-        let (latent, rope, _) = ROWS_OF_PROMPT;
-        let made_for = self.device.overlaps() && (shape.latent, shape.rope) == (latent, rope);
+        let made_for = self.made_for(shape);
         let mut ranges: Vec<(usize, usize, bool)> = Vec::new();
         for s in &self.step.segments {
             let prompt = made_for && s.rows >= ROWS_OF_PROMPT_MIN;
@@ -192,7 +217,7 @@ impl CudaBackend {
         (from, rows): (usize, usize),
     ) -> Result<(), Error> {
         let op = "mla_attend";
-        let MlaShape { heads, nope, rope, value, latent, softmax_scale } = *shape;
+        let MlaShape { heads, nope, rope, latent, softmax_scale, .. } = *shape;
         let (to, rounded) = (self.buffer(op, out)?.at, self.room_for_rounded(op, out)?);
         let (padded, width, per_tile) = (nope.next_multiple_of(COLUMNS), latent + rope, ROWS_OF_PROMPT.2);
         let together = (QUERIES_BYTES_MAX / (heads * width * 2)).clamp(1, rows.max(1));
@@ -205,25 +230,23 @@ impl CudaBackend {
         let (most, shared) = (self.device.multiprocessors(), self.gemm_bytes(Product::Bf16, tokens));
         for first in (from..from + rows).step_by(together) {
             let n = together.min(from + rows - first);
-            let products = |rows: usize| {
-                let tiles = heads * n.div_ceil(tokens) * rows.div_ceil(GEMM_ROWS);
-                Shape::new([tiles.min(most), 1, 1], GEMM_THREADS).shared(shared)
-            };
+            let tiles = heads * n.div_ceil(tokens) * latent.div_ceil(GEMM_ROWS);
+            let products = Shape::new([tiles.min(most), 1, 1], GEMM_THREADS).shared(shared);
             let arguments = arguments![q, of_nope, queries, first, heads, nope, padded, rope, latent];
             self.queue.push(Kernel::RoundQueries, Shape::new([n, 1, 1], THREADS), arguments);
             let arguments = arguments![kv_b.keys, of_nope, queries, n, heads, padded, rope, latent];
-            self.queue.push(Kernel::AbsorbRows, products(latent), arguments);
+            self.queue.push(Kernel::AbsorbRows, products, arguments);
             let grid = Shape::new([n.div_ceil(per_tile), heads / HEADS, 1], GEMM_THREADS);
             let arguments =
                 arguments![queries, step, layer, first, n, heads, row_bytes, softmax_scale, means];
             self.queue.push(Kernel::AttendRows, grid.shared(attend_rows_bytes(width)), arguments);
-            let arguments = arguments![kv_b.values, means, to, rounded, first, n, heads, value, latent];
-            self.queue.push(Kernel::ValuesRows, products(value), arguments);
+            self.values_of_means(shape, kv_b, means, (to, rounded), (first, n));
         }
         Ok(())
     }
 
-    /// Attention of few rows: each block of the cache by itself, then the blocks in order.
+    /// Attention of rows of sequences that go on: each block of the cache by itself, then the blocks in order, or, of
+    /// many rows, one block after the other.
     fn attend_rounded(
         &mut self,
         shape: &MlaShape,
@@ -242,13 +265,20 @@ impl CudaBackend {
         let longest = self.step.segments.iter().filter(of_range).map(|s| s.start + s.rows).max().unwrap_or(1);
         // Rounded up, so that steps of about the same length are the same graph.
         let blocks = longest.div_ceil(BLOCK_TOKENS).next_power_of_two();
-        let per_row = blocks * heads * latent * 4;
+        let alone = self.made_for(shape) && rows * (heads / HEADS) >= ROWS_ALONE_MIN;
+        let fresh = self.step.segments.iter().filter(of_range).map(|s| s.rows).max().unwrap_or(1);
+        let per_row = if alone { heads * latent * 2 } else { blocks * heads * latent * 4 };
         let together = (SUMS_BYTES_MAX / per_row).clamp(1, rows.max(1));
         let room =
             |pool: &mut Pool, room: &mut Room, sizes: &[usize]| Self::grow(pool, room, "attention", sizes);
         let queries = room(&mut self.pool, &mut self.absorbed, &[together, heads, width, 2])?;
-        let sums = room(&mut self.pool, &mut self.sums, &[together, per_row])?;
-        let totals = room(&mut self.pool, &mut self.totals, &[together, blocks, heads, 8])?;
+        let (mut sums, mut totals, mut means) = (0, 0, 0);
+        if alone {
+            means = room(&mut self.pool, &mut self.means, &[together, per_row])?;
+        } else {
+            sums = room(&mut self.pool, &mut self.sums, &[together, per_row])?;
+            totals = room(&mut self.pool, &mut self.totals, &[together, blocks, heads, 8])?;
+        }
         let step = self.step_argument();
         for first in (from..from + rows).step_by(together) {
             let n = together.min(from + rows - first);
@@ -276,9 +306,28 @@ impl CudaBackend {
                 row_bytes
             ];
             self.queue.push(Kernel::Absorb, grid, arguments);
+            if alone {
+                let grid = Shape::new([heads / HEADS, n, 1], GEMM_THREADS).shared(attend_row_bytes(width));
+                let arguments =
+                    arguments![queries, step, layer, first, heads, row_bytes, fresh, softmax_scale, means];
+                self.queue.push(Kernel::AttendRow, grid, arguments);
+                self.values_of_means(shape, kv_b, means, (to, rounded), (first, n));
+                continue;
+            }
             let grid = Shape::new([blocks, heads / HEADS, n], THREADS).shared(attend_bytes(width));
-            let arguments =
-                arguments![queries, step, layer, first, latent, rope, row_bytes, softmax_scale, sums, totals];
+            let arguments = arguments![
+                queries,
+                step,
+                layer,
+                first,
+                latent,
+                rope,
+                row_bytes,
+                fresh,
+                softmax_scale,
+                sums,
+                totals
+            ];
             self.queue.push(Kernel::AttendBlock, grid, arguments);
             let few = n < VALUES_ROWS_MIN;
             let (kernel, tokens, values) = if few {
@@ -345,6 +394,13 @@ fn values_bytes(rows: usize, values: usize, latent: usize) -> usize {
 /// them.
 fn attend_rows_bytes(width: usize) -> usize {
     3 * BLOCK_TOKENS * width * 2 + GEMM_ALIGN
+}
+
+/// Shared memory of `attend_row`: two blocks of cached rows and the queries in BF16, from where wgmma wants them, and
+/// the weights of a block twice, its scores four times.
+fn attend_row_bytes(width: usize) -> usize {
+    let scores = 2 * 4 * BLOCK_TOKENS * HEADS;
+    2 * width * (2 * BLOCK_TOKENS + HEADS) + 2 * 2 * BLOCK_TOKENS * HEADS + 2 * scores + GEMM_ALIGN
 }
 
 /// Shared memory of `attend_block`: 64 cached rows and 16 queries in BF16, weights and scores.

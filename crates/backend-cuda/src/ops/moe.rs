@@ -25,6 +25,11 @@ const GROUP_EXPERTS_MAX: usize = 1024;
 const GROUP_EXPERTS_FEW: usize = 256;
 /// Rows up to which the last block of the gate's chooses; many would wait for each other.
 const GATE_ROWS_FEW: usize = 16;
+/// Most columns of a row whose norm the gate makes.
+const NORM_COLUMNS_MAX: usize = 2048;
+/// Blocks of the cluster that does both, and warps of each, of which each has an expert.
+const NORM_CLUSTER: u32 = 8;
+const NORM_CLUSTER_WARPS: u32 = 8;
 /// Experts and rows that a block of `gate_logits` has, and its threads.
 const GATE_TOGETHER: (usize, usize) = (4, 8);
 const GATE_THREADS: u32 = 128;
@@ -163,20 +168,18 @@ impl CudaBackend {
                 self.arrived = self.zeroed("blocks of the router", &[GATE_ROWS_FEW, 4])?;
             }
             let router = router_argument(shape);
-            let arguments = arguments![
-                m.record,
-                x.at,
-                logits,
-                self.arrived,
-                bias,
-                router,
-                ids,
-                weights,
-                order,
-                list,
-                tiles
-            ];
-            self.queue.push(Kernel::GateAndRoute, grid.shared(shared), arguments);
+            let choice = arguments![bias, router, ids, weights, order, list, tiles];
+            if let Some([from, weight, eps, rounded]) = self.take_norm(x.at, rows, m) {
+                let (blocks, threads) = (NORM_CLUSTER, 32 * NORM_CLUSTER_WARPS);
+                let grid = Shape::new([blocks as usize, rows, 1], threads).shared(shared);
+                let norm = arguments![from, weight, eps, x.at, rounded, m.record];
+                let arguments = [&norm[..], &choice[..]].concat();
+                self.queue.push(Kernel::NormGateAndRoute, Shape { cluster: blocks, ..grid }, &arguments);
+                return Ok(());
+            }
+            let gate = arguments![m.record, x.at, logits, self.arrived];
+            let arguments = [&gate[..], &choice[..]].concat();
+            self.queue.push(Kernel::GateAndRoute, grid.shared(shared), &arguments);
             return Ok(());
         }
         if known {
@@ -190,6 +193,20 @@ impl CudaBackend {
         let arguments = arguments![logits, bias, router_argument(shape), ids, weights, order, list, tiles];
         self.queue.push(Kernel::Route, grid, arguments);
         Ok(())
+    }
+
+    /// When what waits last is the norm that makes `x`, it leaves the line, and the caller does it: rows, weight,
+    /// epsilon and where the rows in BF16 go.
+    fn take_norm(&mut self, x: u64, rows: usize, gate: Matrix) -> Option<[u64; 4]> {
+        let (norm, words) = self.queue.last(Kernel::RmsNorm)?;
+        let &[from, weight, eps, to, rounded, width] = words else { return None };
+        let experts_max = (NORM_CLUSTER * NORM_CLUSTER_WARPS) as usize;
+        let fits = self.device.overlaps() && gate.cols <= NORM_COLUMNS_MAX && gate.rows <= experts_max;
+        if !fits || (to, width) != (x, gate.cols as u64) || from == x || norm.grid[0] as usize != rows {
+            return None;
+        }
+        self.queue.take_last();
+        Some([from, weight, eps, rounded])
     }
 
     pub(crate) fn moe_rows(
