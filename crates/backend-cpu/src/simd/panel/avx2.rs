@@ -41,6 +41,22 @@ macro_rules! two {
     }};
 }
 
+/// Has both vectors ready at this place of the program. The compiler else orders the products of a block by vectors, and
+/// writes the broadcast activations of the first ones to the stack for the second ones.
+///
+/// # Safety
+/// AVX.
+#[inline]
+#[target_feature(enable = "avx")]
+unsafe fn together(mut v: [__m256i; 2]) -> [__m256i; 2] {
+    // SAFETY: no instruction.
+    unsafe {
+        std::arch::asm!("/* {0} {1} */", inout(ymm_reg) v[0], inout(ymm_reg) v[1],
+            options(nomem, nostack, preserves_flags));
+    }
+    v
+}
+
 /// The words of eight rows.
 ///
 /// # Safety
@@ -236,7 +252,7 @@ impl Panel for P {
         // SAFETY: above.
         unsafe {
             let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
-            two!(|acc, w| _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x)), acc, w)
+            together(two!(|acc, w| _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x)), acc, w))
         }
     }
     #[inline(always)]
