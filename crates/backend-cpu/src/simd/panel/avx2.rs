@@ -215,14 +215,14 @@ impl Panel for P {
         // SAFETY: above.
         unsafe {
             let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
-            two!(
+            together(two!(
                 |acc, w| {
                     let pairs = _mm256_maddubs_epi16(w, x);
                     _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
                 },
                 acc,
                 w
-            )
+            ))
         }
     }
     /// The sign goes over to x; a weight of -128 becomes 128, and 2 * 128 * 127 < 2^15.
@@ -231,7 +231,7 @@ impl Panel for P {
         // SAFETY: above.
         unsafe {
             let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
-            two!(
+            together(two!(
                 |acc, w| {
                     let w = _mm256_xor_si256(w, _mm256_set1_epi8(i8::MIN));
                     let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
@@ -239,7 +239,7 @@ impl Panel for P {
                 },
                 acc,
                 w
-            )
+            ))
         }
     }
     #[inline(always)]
