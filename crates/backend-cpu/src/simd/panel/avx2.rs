@@ -41,7 +41,7 @@ macro_rules! two {
     }};
 }
 
-/// Has both vectors ready at this place of the program. The compiler else orders the products of a block by vectors, and
+/// Has both vectors ready at this place of the program. Else the compiler orders products of a block by vectors, and
 /// writes the broadcast activations of the first ones to the stack for the second ones.
 ///
 /// # Safety
