@@ -27,9 +27,14 @@ pub(crate) struct RowShares {
 impl RowShares {
     /// One task where there is too little to share; `work` in multiply-adds.
     pub(crate) fn new(rows: usize, work: usize, threads: usize) -> Self {
+        Self::of_tasks(rows, work, threads, 4)
+    }
+
+    /// The same with `each` tasks for each thread.
+    pub(crate) fn of_tasks(rows: usize, work: usize, threads: usize, each: usize) -> Self {
         let alone = threads == 1 || work < WORK_WORTH_A_FORK;
         let most = if alone { 1 } else { rows.div_ceil(ROWS_TOGETHER).max(1) };
-        Self { rows, tasks: most.min(threads * 4) }
+        Self { rows, tasks: most.min(threads * each) }
     }
 
     pub(crate) fn tasks(self) -> usize {

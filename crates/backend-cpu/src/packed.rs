@@ -5,7 +5,7 @@
 
 #![allow(unsafe_code, reason = "layouts that threads share as pointers")]
 
-use oxseek_tensor::{DType, Error, HostMatrix, dtype};
+use oxseek_tensor::{DType, Error, HostMatrix};
 
 use crate::{
     huge::{Arena, HugeBytes},
@@ -304,7 +304,7 @@ pub(crate) static E4M3_TO_BF16: ([u8; 128], [u8; 128]) = {
     let (mut low, mut high) = ([0; 128], [0; 128]);
     let mut code = 0;
     while code < 128 {
-        let bits = dtype::e4m3_to_f32(code as u8).to_bits() >> 16;
+        let bits = oxseek_tensor::dtype::e4m3_to_f32(code as u8).to_bits() >> 16;
         (low[code], high[code]) = (bits as u8, (bits >> 8) as u8);
         code += 1;
     }
@@ -313,7 +313,10 @@ pub(crate) static E4M3_TO_BF16: ([u8; 128], [u8; 128]) = {
 
 #[cfg(test)]
 mod tests {
-    use oxseek_tensor::{conformance::Random, dtype::bf16_to_f32};
+    use oxseek_tensor::{
+        conformance::Random,
+        dtype::{self, bf16_to_f32},
+    };
 
     use super::*;
 

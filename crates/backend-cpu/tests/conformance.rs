@@ -125,7 +125,7 @@ fn native_products_are_those_of_the_rounded_activations() {
     }
 }
 
-/// Attention in BF16, and in 8 bits with parts of `kv_b` in blocks, is that of the reference within what rounding
+/// Attention in BF16, and in 8 bits with parts of `kv_b` in blocks, is that of the reference, within what rounding
 /// costs: at most 0.079, with parts in Q4_0 and Q4_K.
 #[test]
 fn native_attention_is_near_the_reference() {

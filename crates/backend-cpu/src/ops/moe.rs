@@ -20,6 +20,10 @@ use crate::{
 /// Tasks per thread of the first fork: enough that the last ones end together.
 const TASKS_PER_THREAD: usize = 16;
 
+/// From so many slots on, the second fork has two tasks per thread instead of four: each task reads all inner
+/// activations, which are more than the caches hold.
+const SLOTS_MANY: usize = 256;
+
 /// Products of `gate`, and as many of `up`, that a task makes at a time: they stay in its L2 cache until they are used.
 const GATED_VALUES_TOGETHER: usize = 16 << 10;
 
@@ -270,7 +274,8 @@ impl CpuBackend {
 
     fn outputs(&mut self, f: &mut FfnScratch, out: Buffer, width: usize, stride: usize) -> Result<(), Error> {
         let work: usize = f.groups.iter().map(|g| (g.to - g.from) * g.inner * width).sum();
-        let shares = RowShares::new(width, work, self.pool.threads());
+        let each = if f.tokens.len() < SLOTS_MANY { 4 } else { 2 };
+        let shares = RowShares::of_tasks(width, work, self.pool.threads(), each);
         let out = Shared::new(&mut self.buffers[out.0 as usize].values);
         let rounded = f.rounded.each_mut().map(|r| r.view().from(0));
         let inner = Input(f.inner.as_ptr());

@@ -223,8 +223,8 @@ trait Tiled<P: Panel> {
     ) -> [[P::F; T]; G];
 }
 
-/// Weights that will be needed soon: while the tiles of this pair of groups are computed, the next pair comes from
-/// memory, each tile bringing its share.
+/// What will be needed soon: while the tiles of this pair of groups are computed, the next pair comes from memory, each
+/// tile bringing its share. Tiles of the first pair bring the tokens of the next tile too.
 pub(super) struct Ahead {
     /// Whether this tile is the first that reads its groups, and nobody fetched them before.
     streams: bool,
@@ -237,6 +237,10 @@ pub(super) struct Ahead {
     share: usize,
     /// 256ths of a byte per step.
     step: usize,
+    /// The tokens that lie behind those of this tile.
+    tokens: *const u8,
+    /// 256ths of a byte of them per step.
+    tokens_step: usize,
 }
 
 impl Ahead {
@@ -247,7 +251,14 @@ impl Ahead {
         // Whole steps, so that no step's lines lie in two groups.
         let step_bytes = (group_bytes / steps).max(1);
         let distance = STREAM_AHEAD.div_ceil(step_bytes) * step_bytes;
-        Self { streams: step == 0, distance, group_bytes, next: std::ptr::null(), share, step }
+        let nothing = std::ptr::null();
+        let streams = step == 0;
+        Self { streams, distance, group_bytes, next: nothing, share, step, tokens: nothing, tokens_step: 0 }
+    }
+
+    /// Brings `bytes` of tokens in the steps of a tile.
+    fn bring(&mut self, tokens: *const u8, bytes: usize, steps: usize) {
+        (self.tokens, self.tokens_step) = (tokens, bytes * 256 / steps.max(1));
     }
 
     /// For the first tile of groups that `next` comes after.
@@ -289,6 +300,11 @@ impl Ahead {
         for line in from..to {
             // SAFETY: a hint about a place that need not be there.
             unsafe { P::prefetch(self.next.wrapping_add(line * 64)) };
+        }
+        let (from, to) = ((step * self.tokens_step) >> 14, ((step + 1) * self.tokens_step) >> 14);
+        for line in from..to {
+            // SAFETY: as above.
+            unsafe { P::prefetch(self.tokens.wrapping_add(line * 64)) };
         }
     }
 }
@@ -354,6 +370,10 @@ unsafe fn tiles_of<P: Panel, D: Tiled<P>, const G: usize>(g: &PanelGemm<'_>) {
             let next = if is_last { g.then } else { g.w.group(group + G) };
             let mut ahead = ahead.from(next);
             for (first, width) in tiles.clone() {
+                if group == g.groups.start && width > 1 {
+                    let bytes = width * g.x.row_words * 4;
+                    ahead.bring(g.x.row(first + width).cast(), bytes, g.w.cols / 128);
+                }
                 // SAFETY: the groups and the tile are the caller's, who has the features.
                 unsafe { one_tile::<P, D, G>(Place { g, group, groups, first, ahead: &ahead }, width) };
                 ahead.pass();

@@ -157,7 +157,7 @@ impl Layer {
         let values = random.matrix(values, shape.heads * shape.value, shape.latent)?;
         let parts = KvBParts { keys, values };
         let kv_b = b.load_kv_b_apart(&shape, together(&shape, &parts)?, parts)?;
-        // Near 1, as trained ones are: larger ones make outliers, which rounding to bytes suffers from.
+        // Near 1, as trained ones are: else a latent row has outliers, which rounding to bytes suffers from.
         let norm: Vec<f32> = random.normals(shape.latent).iter().map(|n| 1.0 + 0.1 * n).collect();
         Self::with(b, shape, kv_b, &norm, CacheFormat::F32, false)
     }

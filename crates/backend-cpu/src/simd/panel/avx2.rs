@@ -41,6 +41,22 @@ macro_rules! two {
     }};
 }
 
+/// Has both vectors ready at this place of the program. Else the compiler orders products of a block by vectors, and
+/// writes the broadcast activations of the first ones to the stack for the second ones.
+///
+/// # Safety
+/// AVX.
+#[inline]
+#[target_feature(enable = "avx")]
+unsafe fn together(mut v: [__m256i; 2]) -> [__m256i; 2] {
+    // SAFETY: no instruction.
+    unsafe {
+        std::arch::asm!("/* {0} {1} */", inout(ymm_reg) v[0], inout(ymm_reg) v[1],
+            options(nomem, nostack, preserves_flags));
+    }
+    v
+}
+
 /// The words of eight rows.
 ///
 /// # Safety
@@ -199,14 +215,14 @@ impl Panel for P {
         // SAFETY: above.
         unsafe {
             let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
-            two!(
+            together(two!(
                 |acc, w| {
                     let pairs = _mm256_maddubs_epi16(w, x);
                     _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
                 },
                 acc,
                 w
-            )
+            ))
         }
     }
     /// The sign goes over to x; a weight of -128 becomes 128, and 2 * 128 * 127 < 2^15.
@@ -215,7 +231,7 @@ impl Panel for P {
         // SAFETY: above.
         unsafe {
             let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
-            two!(
+            together(two!(
                 |acc, w| {
                     let w = _mm256_xor_si256(w, _mm256_set1_epi8(i8::MIN));
                     let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
@@ -223,7 +239,7 @@ impl Panel for P {
                 },
                 acc,
                 w
-            )
+            ))
         }
     }
     #[inline(always)]
@@ -236,7 +252,7 @@ impl Panel for P {
         // SAFETY: above.
         unsafe {
             let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
-            two!(|acc, w| _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x)), acc, w)
+            together(two!(|acc, w| _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x)), acc, w))
         }
     }
     #[inline(always)]
