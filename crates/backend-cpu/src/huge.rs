@@ -66,6 +66,8 @@ impl Pages {
             let start = self.chunk.base.addr() - self.chunk.map.as_ptr().addr() + self.offset + bytes.start;
             let _ = self.chunk.map.advise_range(memmap2::Advice::PopulateWrite, start, bytes.len());
         }
+        #[cfg(not(target_os = "linux"))]
+        let _ = (self.offset, bytes);
     }
 }
 
