@@ -15,7 +15,6 @@ impl Panel for P {
     type I = __m512i;
     type W = __m512i;
     type U = __m512i;
-    type Small = ();
     type X = __m512i;
     const TILE_BF16: usize = 12;
     const TILE_BYTES: usize = 6;
@@ -25,6 +24,7 @@ impl Panel for P {
     crate::simd::outlined!(
         "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx512vbmi,avx2,fma,f16c"
     );
+    super::panel::no_small_sums!();
     #[inline(always)]
     unsafe fn splat(v: f32) -> __m512 {
         // SAFETY: above.
@@ -142,14 +142,6 @@ impl Panel for P {
     unsafe fn dot_s8(acc: __m512i, w: __m512i, x: *const u8) -> __m512i {
         // SAFETY: above.
         unsafe { Self::dot_u7(acc, w, x) }
-    }
-    #[inline(always)]
-    unsafe fn zero_small() -> Self::Small {}
-    #[inline(always)]
-    unsafe fn dot_small((): (), _: Self::U, _: *const u8) -> Self::Small {}
-    #[inline(always)]
-    unsafe fn widen(acc: Self::I, (): ()) -> Self::I {
-        acc
     }
     #[inline(always)]
     unsafe fn bits<const SHIFT: u32, const MASK: i32>(p: *const u8) -> __m512i {

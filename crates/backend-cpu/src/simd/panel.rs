@@ -165,6 +165,22 @@ pub(crate) trait Panel {
     unsafe fn lookup(table: &[u8; 16], v: Self::U) -> Self::U;
 }
 
+/// A level of [`Panel`] that adds products to I32 at no cost.
+macro_rules! no_small_sums {
+    () => {
+        type Small = ();
+        #[inline(always)]
+        unsafe fn zero_small() -> Self::Small {}
+        #[inline(always)]
+        unsafe fn dot_small((): (), _: Self::U, _: *const u8) -> Self::Small {}
+        #[inline(always)]
+        unsafe fn widen(acc: Self::I, (): ()) -> Self::I {
+            acc
+        }
+    };
+}
+pub(in crate::simd) use no_small_sums;
+
 /// # Safety
 /// As [`PanelGemm`] says, and the CPU features of `P`.
 #[inline(always)]

@@ -24,7 +24,6 @@ impl Panel for P {
     /// The even and the odd weights of the pairs, in F32.
     type W = [[float32x4_t; 4]; 2];
     type U = [uint8x16_t; 4];
-    type Small = ();
     type X = [f32; 2];
     const TILE_BF16: usize = 4;
     const TILE_BYTES: usize = 4;
@@ -32,6 +31,7 @@ impl Panel for P {
     const OFFSET_IN_SUMS: bool = false;
 
     crate::simd::outlined!("neon");
+    super::no_small_sums!();
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self::F {
         // SAFETY: above.
@@ -160,14 +160,6 @@ impl Panel for P {
     unsafe fn dot_s8(acc: Self::I, w: Self::U, x: *const u8) -> Self::I {
         // SAFETY: above; 2 * 128 * 127 < 2^15.
         unsafe { Self::dot_u7(acc, w.map(|w| veorq_u8(w, vdupq_n_u8(128))), x) }
-    }
-    #[inline(always)]
-    unsafe fn zero_small() -> Self::Small {}
-    #[inline(always)]
-    unsafe fn dot_small((): (), _: Self::U, _: *const u8) -> Self::Small {}
-    #[inline(always)]
-    unsafe fn widen(acc: Self::I, (): ()) -> Self::I {
-        acc
     }
     #[inline(always)]
     unsafe fn bits<const SHIFT: u32, const MASK: i32>(p: *const u8) -> Self::I {

@@ -25,7 +25,6 @@ impl Panel for P {
     /// The even and the odd weights of the pairs.
     type W = [Lanes<f32>; 2];
     type U = Lanes<[u8; 4]>;
-    type Small = ();
     type X = [f32; 2];
     const TILE_BF16: usize = 4;
     const TILE_BYTES: usize = 2;
@@ -34,6 +33,7 @@ impl Panel for P {
     const OFFSET_IN_SUMS: bool = false;
 
     crate::simd::outlined!();
+    super::no_small_sums!();
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self::F {
         [v; GROUP_ROWS]
@@ -124,14 +124,6 @@ impl Panel for P {
         std::array::from_fn(|r| {
             (0..4).fold(acc[r], |sum, k| sum + (i32::from(w[r][k]) - 128) * i32::from(x[k]))
         })
-    }
-    #[inline(always)]
-    unsafe fn zero_small() -> Self::Small {}
-    #[inline(always)]
-    unsafe fn dot_small((): (), _: Self::U, _: *const u8) -> Self::Small {}
-    #[inline(always)]
-    unsafe fn widen(acc: Self::I, (): ()) -> Self::I {
-        acc
     }
     #[inline(always)]
     unsafe fn bits<const SHIFT: u32, const MASK: i32>(p: *const u8) -> Self::I {
